@@ -1,0 +1,1 @@
+"""What runs or compiles an adapted graph."""

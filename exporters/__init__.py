@@ -1,0 +1,1 @@
+"""Files that leave the process: checkpoints, ONNX graphs, ONNX Runtime adapters."""

@@ -1,0 +1,1 @@
+"""Graph-to-graph steps and the adapter methods."""

@@ -1,0 +1,152 @@
+"""Adapted model -> plain model with the adapters folded into the weights.
+
+    W, b, adapters  ->  W', b'          float32 (float64 for float64 weights), one cast at the end
+
+Does not handle methods whose delta depends on the input (HydraLoRA): they are refused. A weight that was tied to
+another parameter gets a tensor of its own, so the other one (an embedding) keeps the base's values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..rewriter.api import adapter_modules, base_of, trained_modules
+from ..rewriter.dataflow import tied_names
+from ..rewriter.errors import MergeError, listing
+from ..rewriter.state import AdapterTensors, base_modules, record_of, state_of, unwrap
+
+
+def merge(adapted: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
+    """A new plain model of the original module types with the adapters folded in; `adapted` stays as it is.
+
+    Weights without an adapter share the base's memory. Parameters require grad as they did before the first rewrite.
+
+    Args:
+        names: the adapters to fold, in this order; the active ones by default.
+
+    Raises:
+        MergeError: a method that cannot be merged, values that are not finite, or nothing to merge.
+    """
+    root, state = unwrap(adapted), state_of(adapted)
+    names = list(state.active if names is None else names)
+    if not names:
+        raise MergeError(f"no adapter is active; name the ones to merge: {listing(state.adapters)}")
+    if len(set(names)) != len(names):
+        raise MergeError(f"merge(names={names}): each adapter at most once")
+    for name in names:
+        record_of(root, name)
+    modules = dict(base_modules(root))
+    replaced, trained = _fold(root, names, modules), {}
+    for name in names:
+        for path, module in trained_modules(root, name, state.adapters[name], modules).items():
+            if path in trained:
+                raise MergeError(f"more than one of the adapters {names} brings its own trained {path!r}")
+            trained[path] = module
+
+    ties = tied_names(root)
+    plain = base_of(root)
+    owners = dict(base_modules(plain))
+    for (path, attribute), tensor in replaced.items():
+        full = f"{path}.{attribute}".lstrip(".")
+        owners[path].register_parameter(attribute, nn.Parameter(tensor, requires_grad=full in state.trained))
+    for path, module in trained.items():
+        parent, _, leaf = path.rpartition(".")
+        copied = _own_copy(module)
+        for n, parameter in copied.named_parameters():
+            parameter.requires_grad_(f"{path}.{n}" in state.trained)
+        owners[parent]._modules[leaf] = copied
+    _untie(plain, {f"{p}.{a}".lstrip(".") for p, a in replaced} | {f"{p}.weight" for p in trained}, ties)
+    return plain.train(root.training) if root.training != plain.training else plain
+
+
+def _own_copy(module: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(module)
+
+
+def _fold(root: nn.Module, names: Sequence[str], modules: dict[str, nn.Module]) -> dict[tuple[str, str], Tensor]:
+    """`(owner path, attribute) -> merged tensor`, stored layout and dtype of the base."""
+    by_weight: dict[tuple[str, str], list[tuple[str, AdapterTensors]]] = {}
+    for name in names:
+        for _, tensors in adapter_modules(root, name, record_of(root, name), modules):
+            if tensors.site is not None:
+                by_weight.setdefault((tensors.site.owner, tensors.site.weight), []).append((name, tensors))
+    replaced: dict[tuple[str, str], Tensor] = {}
+    swallowed = True
+    for (path, attribute), adapters in by_weight.items():
+        owner = modules[path]
+        stored: Any = owner._parameters[attribute]
+        swallowed &= not _fold_weight(owner, stored, path, attribute, adapters, replaced)
+    if by_weight and swallowed:
+        warnings.warn(
+            f"merging {listing(names)} changed no weight: the deltas are zero, or too small for the weights' dtype",
+            stacklevel=3,
+        )
+    return replaced
+
+
+@torch.no_grad()
+def _fold_weight(
+    owner: nn.Module, stored: Tensor, path: str, attribute: str, adapters: list[tuple[str, AdapterTensors]],
+    replaced: dict[tuple[str, str], Tensor],
+) -> bool:  # fmt: skip
+    """Fold all adapters of one weight; returns whether anything changed."""
+    if not stored.is_floating_point() or stored.is_meta or type(stored.data) is not Tensor:
+        raise MergeError(
+            f"{path!r}: its weight is {type(stored.data).__name__} of {stored.dtype} on {stored.device}; merging needs "
+            "plain floating-point values. Dequantise or materialise the model first"
+        )
+    wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    weight = stored.detach().to(wide, copy=True)
+    first = adapters[0][1].site
+    assert first is not None
+    bias_name = first.bias or "bias"
+    base_bias = owner._parameters.get(bias_name)
+    bias = None if base_bias is None else base_bias.detach().to(wide, copy=True)
+    bias_changed = False
+    for name, tensors in adapters:
+        site = tensors.site
+        assert site is not None
+        common = tensors.__dict__["shared"]
+        shared = {k: _wide(t, wide) for k, t in (common.tensors() if common is not None else {}).items()}
+        local = {k: _wide(t, wide) for k, t in tensors.tensors().items()}
+        span = slice(site.offset, site.offset + site.out_features)
+        part = site.linear_layout(weight)
+        before = None if bias is None else bias[span]
+        merged, new_bias = tensors.method.fold(part, before, shared, local)
+        if not torch.isfinite(merged).all() or (new_bias is not None and not torch.isfinite(new_bias).all()):
+            where = "the base weight" if not torch.isfinite(part).all() else f"adapter {name!r}"
+            raise MergeError(f"{site.name!r}: {where} has NaN or infinite values; nothing was merged")
+        part.copy_(merged)
+        if new_bias is not None and new_bias is not before:
+            if bias is None:
+                bias = weight.new_zeros(weight.shape[1 - site.contracted])
+            bias[span] = new_bias
+            bias_changed = True
+    for key, value, base in ((attribute, weight, stored), (bias_name, bias if bias_changed else None, base_bias)):
+        if value is None:
+            continue
+        cast = value.to(stored.dtype if base is None else base.dtype)
+        if not torch.isfinite(cast).all():
+            raise MergeError(f"{path!r}: the merged {key} overflows {cast.dtype}; merge in a wider dtype")
+        replaced[path, key] = cast.contiguous()
+    return bias_changed or not torch.equal(replaced[path, attribute], stored)
+
+
+def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _untie(plain: nn.Module, changed: set[str], ties: dict[str, frozenset[str]]) -> None:
+    """Tell a transformers model that its embedding and its head are no longer one tensor, or its next
+    `save_pretrained` / `tie_weights` would overwrite the merged values."""
+    if any(name in ties for name in changed):
+        config = getattr(plain, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]

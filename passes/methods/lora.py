@@ -1,0 +1,81 @@
+"""LoRA: `y += (alpha / r) B A dropout(x)` (Hu et al., arXiv 2106.09685, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ...rewriter.dialect import operator
+from ...rewriter.graft import Emitter
+from ...rewriter.method import (
+    Decl,
+    Declaration,
+    InitContext,
+    Method,
+    Tensors,
+    check_dropout,
+    check_positive,
+    check_positive_int,
+    check_rank,
+)
+from ...rewriter.sites import Site
+
+
+@operator("lora(Tensor x, Tensor A, Tensor B, float scale) -> Tensor")
+def lora(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`scale * x A^T B^T`: x `(..., in)`, A `(r, in)`, B `(out, r)` -> `(..., out)` in x's dtype."""
+    z = F.linear(x, A.to(x.dtype))
+    return F.linear(z * scale, B.to(x.dtype))  # scaled where it is smallest: z is (..., r)
+
+
+@dataclass(frozen=True)
+class LoRA(Method, key="lora"):
+    """LoRA (arXiv 2106.09685).
+
+    Args:
+        rank: `r`, at most `min(in, out)` of every site.
+        alpha: the delta is scaled by `alpha / rank`.
+        dropout: probability, on the adapter's input, in training only.
+        rslora: scale by `alpha / sqrt(rank)` instead (rank-stabilised LoRA, arXiv 2312.03732, section 3).
+
+    Tensors per site: `A (rank, in)` uniform in ±1/sqrt(in), `B (out, rank)` zero; both train. Starts as a no-op.
+
+    Raises:
+        SpecError: a value outside its range, or a rank above what a site allows.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive_int(self, rank=self.rank)
+        check_positive(self, alpha=self.alpha)
+        check_dropout(self, self.dropout)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def declare(self, sites: Sequence[Site]) -> Declaration:
+        check_rank(self, self.rank, sites)
+        return Declaration(
+            [{"A": Decl((self.rank, s.in_features)), "B": Decl((s.out_features, self.rank))} for s in sites]
+        )
+
+    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+        for tensors in local:
+            torch.nn.init.kaiming_uniform_(tensors["A"], a=math.sqrt(5))
+            tensors["B"].zero_()
+
+    def emit(self, e: Emitter) -> fx.Node:
+        return e.add(e.call(lora, e.dropped(self.dropout), e.tensor("A"), e.tensor("B"), self.scale))
+
+    def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
+        return local["A"], local["B"] * self.scale

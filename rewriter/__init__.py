@@ -1,0 +1,1 @@
+"""The core: capture, sites, targets, graft. It knows no method, no backend and no file format."""

@@ -1,0 +1,361 @@
+"""The verbs: rewrite, switch, swap, remove. Everything is checked first; a call that raises has changed nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterError, FxgraftError, listing, near_misses
+from .graft import ADAPTERS, activate, add_adapter, base_class, drop_adapter, plain_view, restore_class, site_tensors
+from .method import Decl, InitContext, Method
+from .sites import Site
+from .skeleton import copy_skeleton
+from .spec import Spec
+from .state import (
+    SHARED,
+    STATE,
+    AdapterRecord,
+    AdapterTensors,
+    Container,
+    Group,
+    ModelState,
+    base_modules,
+    find_state,
+    record_of,
+    state_of,
+    unwrap,
+)
+from .targets import Resolution, check_name, resolve
+
+M = TypeVar("M")
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+# -- rewrite -----------------------------------------------------------------------------------------------------
+def rewrite(
+    model: M, spec: Spec, name: str = "default", *, dtype: torch.dtype | None = None, update: Any = None
+) -> M:
+    """Graft an adapter into a model and return the adapted model; the input is not changed.
+
+    The result is of the model's own class, shares the base weights' memory, keeps every base state-dict key and adds
+    `<owner>.fxgraft.<name>.<tensor>` beside them. The new adapter is the active one. Only its tensors and the modules
+    of `spec.train` require grad; these modules are copied, so that training leaves the input model alone.
+
+    Args:
+        model: an `nn.Module` (adapted already or not), `fx.GraphModule` or `torch.export.ExportedProgram`.
+        spec: what to graft, and where.
+        name: of the adapter; letters, digits, `_` and `-`.
+        dtype: of the adapter's tensors; by default the site's weight dtype, or float32 where that is narrower than
+            float32 or not a floating type.
+        update: the result of `estimate_update`, for methods that start from one (LoRA-SB).
+
+    Raises:
+        TargetError: a pattern matches nothing, or something that cannot be adapted.
+        SpecError: the method does not fit the sites.
+        AdapterError: the name is taken or not allowed.
+    """
+    if not isinstance(spec, Spec):
+        raise AdapterError(f"rewrite(model, {type(spec).__name__}): the second argument is an fg.Spec(method, targets)")
+    if isinstance(model, torch.export.ExportedProgram):
+        from .exported import rewrite_exported
+
+        return rewrite_exported(model, spec, name, dtype=dtype, update=update)  # type: ignore[return-value]
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            f"rewrite({type(model).__name__}, ...): give an nn.Module, an fx.GraphModule or an ExportedProgram"
+        )
+    return graft_adapter(model, spec, name, dtype=dtype, update=update, initialise=True)  # type: ignore[return-value]
+
+
+def graft_adapter(
+    model: nn.Module, spec: Spec, name: str, *, dtype: torch.dtype | None, update: Any, initialise: bool
+) -> nn.Module:
+    """`rewrite` for modules. Without `initialise` the trainable and frozen tensors are left for a load to fill."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise AdapterError(f"rewrite(dtype={dtype}): adapter tensors are of a floating type")
+    source = unwrap(model)
+    if isinstance(source, torch.fx.GraphModule):
+        from .outline import outline_linears
+
+        source = outline_linears(source)
+    check_name(source, name)
+    resolution = resolve(source, spec)
+    adapted = copy_skeleton(source)
+    state = adapted.__dict__.setdefault(STATE, ModelState())
+    if not state.adapters:
+        state.trained = frozenset(n for n, p in source.named_parameters() if p.requires_grad)
+    modules = dict(base_modules(adapted))
+    groups = _group(resolution)
+    for index, group in enumerate(groups):
+        _create(adapted, modules, group, index, name, dtype, update, initialise)
+    for path in resolution.train:
+        add_adapter(modules[path], name, _trainable_copy(modules[path], name))
+    state.adapters[name] = AdapterRecord(spec, groups, resolution.train)
+    set_active(adapted, [name])
+    return adapted
+
+
+def _group(resolution: Resolution) -> tuple[Group, ...]:
+    by_method: dict[Method, list[Site]] = {}
+    for site, method in resolution.sites:
+        by_method.setdefault(method, []).append(site)
+    return tuple(Group(method, tuple(sites)) for method, sites in by_method.items())
+
+
+def adapter_dtype(weight: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype of adapter tensors on a base weight of this dtype."""
+    if asked is not None:
+        return asked
+    return torch.float32 if weight in _NARROW or not weight.is_floating_point or weight.itemsize < 4 else weight
+
+
+def _register(module: nn.Module, decls: Mapping[str, Decl], dtype: torch.dtype, device: torch.device) -> None:
+    for name, decl in decls.items():
+        tensor = torch.empty(decl.shape, dtype=decl.dtype or dtype, device=device)
+        if decl.role == "trainable":
+            module.register_parameter(name, nn.Parameter(tensor))
+        else:
+            module.register_buffer(name, tensor, persistent=decl.role == "frozen")
+
+
+def _create(
+    adapted: nn.Module, modules: Mapping[str, nn.Module], group: Group, index: int, name: str,
+    dtype: torch.dtype | None, update: Any, initialise: bool,
+) -> None:  # fmt: skip
+    """Make, register, derive and initialise the tensors of one group."""
+    declared = group.method.declare(group.sites)
+    first = group.sites[0]
+    shared = None
+    if declared.shared:
+        shared = AdapterTensors(group.method, None, None)
+        _register(shared, declared.shared, adapter_dtype(first.dtype, dtype), first.device)
+        root = adapted._modules.setdefault(SHARED, Container())
+        assert root is not None
+        if index == 0:
+            root._modules[name] = shared
+        else:
+            root._modules.setdefault(name, Container())._modules[f"group{index}"] = shared  # type: ignore[union-attr]
+    local = []
+    for site, decls in zip(group.sites, declared.local, strict=True):
+        tensors = AdapterTensors(group.method, site, shared)
+        _register(tensors, decls, adapter_dtype(site.dtype, dtype), site.device)
+        add_adapter(modules[site.owner], name, tensors, site.key)
+        local.append(tensors.tensors())
+    if any(site.device.type == "meta" for site in group.sites):
+        return  # shapes only
+    common = shared.tensors() if shared is not None else {}
+    with torch.no_grad():
+        group.method.derive(group.sites, common, local)
+        if initialise:
+            weights = [s.linear_layout(modules[s.owner]._parameters[s.weight].detach()) for s in group.sites]  # type: ignore[union-attr]
+            group.method.initialise(group.sites, common, local, InitContext(weights, update))
+
+
+def _trainable_copy(module: nn.Module, name: str) -> nn.Module:
+    """A copy with tensors of its own, from the base values."""
+    import copy
+
+    if ADAPTERS in module._modules:  # another adapter trains this module too: start from the base, not from that one
+        module = plain_view(module)
+    twin = copy.deepcopy(module)
+    for parameter in twin.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return twin
+
+
+# -- switching ---------------------------------------------------------------------------------------------------
+def active(model: nn.Module) -> list[str]:
+    """Names of the active adapters, in the order they are added to the base's output."""
+    return list(state_of(model).active)
+
+
+def set_active(model: nn.Module, names: Sequence[str]) -> None:
+    """Make exactly these adapters active, in this order; an empty list leaves the base model.
+
+    Deltas of several active adapters add up. Only tensors of active adapters require grad. A compiled model is not
+    compiled anew for an adapter of the same structure as one it has run before.
+    """
+    root, state = unwrap(model), state_of(model)
+    if isinstance(names, str):
+        raise AdapterError(f"set_active(model, {names!r}): give a list of names, [{names!r}]")
+    names = tuple(names)
+    if unknown := [n for n in names if n not in state.adapters]:
+        raise AdapterError(f"no adapter {listing(unknown)} in this model; it has {listing(state.adapters)}")
+    if len(set(names)) != len(names):
+        raise AdapterError(f"set_active(model, {list(names)}): each adapter at most once")
+    trained_by: dict[str, str] = {}
+    for name in names:
+        for path in state.adapters[name].train:
+            if path in trained_by:
+                raise AdapterError(
+                    f"adapters {trained_by[path]!r} and {name!r} both bring their own trained {path!r}: only one of "
+                    "them can be active"
+                )
+            trained_by[path] = name
+    _apply_active(root, state, names)
+
+
+def _apply_active(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
+    modules = dict(base_modules(root))
+    for name, record in state.adapters.items():
+        for parameter in adapter_parameters(root, name, record, modules).values():
+            parameter.requires_grad_(name in names and parameter.is_floating_point())
+    for path in dict.fromkeys(p for record in state.adapters.values() for p in _owners(record)):
+        activate(modules[path], names)
+    state.active = names
+
+
+def _owners(record: AdapterRecord) -> Iterator[str]:
+    yield from dict.fromkeys(site.owner for site in record.sites)
+    yield from record.train
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is exactly the base model, trained heads included."""
+    root, state = unwrap(model), state_of(model)
+    before = state.active
+    _apply_active(root, state, ())
+    try:
+        yield
+    finally:
+        _apply_active(root, state, before)
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------
+def _shared_of(root: nn.Module, name: str) -> dict[str, AdapterTensors]:
+    """Shared tensors of an adapter, by group: the key is empty for the first."""
+    container = root._modules.get(SHARED)
+    child = container._modules.get(name) if container is not None else None
+    if child is None:
+        return {}
+    found = {"": child} if isinstance(child, AdapterTensors) else {}
+    found.update({k: m for k, m in child._modules.items() if isinstance(m, AdapterTensors)})  # type: ignore[misc]
+    return found  # type: ignore[return-value]
+
+
+def adapter_modules(root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
+                    ) -> Iterator[tuple[str, AdapterTensors]]:  # fmt: skip
+    """`(prefix, tensors)` of one adapter: shared ones first, then site by site. Prefixes end with a dot or are empty."""
+    modules = dict(base_modules(root)) if modules is None else modules
+    for key, shared in _shared_of(root, name).items():
+        yield (f"{key}." if key else ""), shared
+    for owner in dict.fromkeys(site.owner for site in record.sites):
+        for tensors in site_tensors(modules[owner], name):
+            yield f"{tensors.site.name}.".lstrip("."), tensors  # type: ignore[union-attr]
+
+
+def trained_modules(root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
+                    ) -> dict[str, nn.Module]:  # fmt: skip
+    """The adapter's own copies of the modules it trains, by path."""
+    modules = dict(base_modules(root)) if modules is None else modules
+    return {path: modules[path]._modules[ADAPTERS]._modules[name] for path in record.train}  # type: ignore[union-attr, misc, index]
+
+
+def adapter_parameters(root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
+                       ) -> dict[str, nn.Parameter]:  # fmt: skip
+    """The trainable tensors of one adapter, trained modules included, by their names in the adapter's state."""
+    found: dict[str, nn.Parameter] = {}
+    for prefix, tensors in adapter_modules(root, name, record, modules):
+        found.update({prefix + n: p for n, p in tensors._parameters.items() if p is not None})
+    for path, module in trained_modules(root, name, record, modules).items():
+        found.update({f"{path}.{n}": p for n, p in module.named_parameters()})
+    return found
+
+
+def _live_state(root: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors themselves: trainable, frozen and the trained modules' whole state; nothing derived."""
+    record = record_of(root, name)
+    modules = dict(base_modules(root))
+    found: dict[str, Tensor] = {}
+    for prefix, tensors in adapter_modules(root, name, record, modules):
+        saved = {n: t for n, t in tensors.tensors().items() if n not in tensors._non_persistent_buffers_set}
+        found.update({prefix + n: t for n, t in saved.items()})
+    for path, module in trained_modules(root, name, record, modules).items():
+        found.update({f"{path}.{n}": t for n, t in module.state_dict(keep_vars=True).items()})
+    return found
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """What makes up an adapter, detached, not copied: `<site>.<tensor>`, shared tensors by their bare name, and
+    the trained modules under their base keys. Derived tensors (Uni-LoRA's indices) are not part of it."""
+    return {key: tensor.detach() for key, tensor in _live_state(unwrap(model), name).items()}
+
+
+def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise `AdapterError` unless `given` has exactly the names, shapes and dtypes of `expected`, all finite."""
+    if missing := [k for k in expected if k not in given]:
+        raise AdapterError(f"{what} lacks {len(missing)} tensor(s): {listing(missing)}")
+    if unknown := [k for k in given if k not in expected]:
+        close = near_misses(unknown[0], expected, 2)
+        raise AdapterError(
+            f"{what} has {len(unknown)} tensor(s) this adapter does not have: {listing(unknown)}"
+            + (f"; close are {listing(close)}" if close else "")
+        )
+    for key, tensor in given.items():
+        slot = expected[key]
+        if tuple(tensor.shape) != tuple(slot.shape):
+            raise AdapterError(f"{what}: {key!r} is {tuple(tensor.shape)}, the model's is {tuple(slot.shape)}")
+        if tensor.dtype != slot.dtype:
+            raise AdapterError(
+                f"{what}: {key!r} is {tensor.dtype}, the model's is {slot.dtype}; cast it first "
+                f"(tensor.to({slot.dtype})) or rewrite with dtype={tensor.dtype}"
+            )
+
+
+def write_state(root: nn.Module, name: str, given: Mapping[str, Tensor]) -> None:
+    """Copy checked values into an adapter's tensors, in place."""
+    with torch.no_grad():
+        for key, slot in _live_state(root, name).items():
+            slot.copy_(given[key])
+
+
+def swap(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
+    """Give an adapter other values of the same structure, in place; a compiled model is not compiled anew.
+
+    Raises:
+        AdapterError: a tensor is missing, unknown, or of another shape or dtype. Nothing has been written then.
+    """
+    root = unwrap(model)
+    check_state(_live_state(root, name), state, f"the state for adapter {name!r}")
+    write_state(root, name, state)
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take an adapter out of the model, in place. Without adapters the model is the plain base, frozen flags undone."""
+    root, state = unwrap(model), state_of(model)
+    record = record_of(root, name)
+    modules = dict(base_modules(root))
+    _apply_active(root, state, tuple(n for n in state.active if n != name))
+    for path in _owners(record):
+        drop_adapter(modules[path], name)
+        if ADAPTERS not in modules[path]._modules:
+            restore_class(modules[path])
+    container = root._modules.get(SHARED)
+    if container is not None:
+        container._modules.pop(name, None)
+        if not container._modules:
+            del root._modules[SHARED]
+    del state.adapters[name]
+    if not state.adapters:
+        del root.__dict__[STATE]
+        for n, parameter in root.named_parameters():
+            parameter.requires_grad_(n in state.trained)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The plain base model: a new skeleton of the original module types over the same base tensors."""
+    root = copy_skeleton(unwrap(model))
+    state = find_state(root)
+    for name in list(state.adapters) if state else []:
+        remove(root, name)
+    return root
+
+
+__all__ = ["FxgraftError", "active", "adapter_state", "base_class", "base_of", "disabled", "remove", "rewrite",
+           "set_active", "swap"]  # fmt: skip

@@ -1,0 +1,53 @@
+"""Every error fxgraft raises on purpose; all of them are a `FxgraftError`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxgraftError(Exception):
+    """Base of all errors of this package. Nothing has been changed when one is raised."""
+
+
+class SpecError(FxgraftError, ValueError):
+    """A method or a spec was given a value it does not allow."""
+
+
+class TargetError(FxgraftError, LookupError):
+    """A target pattern matches nothing, or something that cannot be adapted."""
+
+
+class CaptureError(FxgraftError, RuntimeError):
+    """A module or a model could not be turned into a graph."""
+
+
+class AdapterError(FxgraftError, ValueError):
+    """An adapter name or an adapter's tensors do not fit the model."""
+
+
+class MergeError(FxgraftError, RuntimeError):
+    """An adapter cannot be folded into the base weights."""
+
+
+class CheckpointError(FxgraftError, RuntimeError):
+    """An adapter on disk is damaged, foreign, or does not fit the model."""
+
+
+def listing(names: Iterable[str], limit: int = 8) -> str:
+    """`'a', 'b', … (12 in all)`: names for an error text, cut where nobody would read on."""
+    names = list(names)
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"
+
+
+def near_misses(given: str, known: Iterable[str], limit: int = 5) -> list[str]:
+    """The known dotted names closest to `given`, comparing whole names, endings and single components."""
+    known = list(dict.fromkeys(known))
+    components = {}
+    for name in known:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            components.setdefault(".".join(parts[-depth:]), name)
+    close = difflib.get_close_matches(given, components, n=limit * 2, cutoff=0.5)
+    return list(dict.fromkeys(close))[:limit]

@@ -1,0 +1,290 @@
+"""Put dialect nodes into the graph of an owner and switch between adapters.
+
+An owner is the module that owns a target weight. Grafting gives it a child with the adapter's tensors and a class
+whose forward is the owner's traced graph with the dialect nodes in it. Owners of equal structure with equal adapters
+share ONE class, so `torch.compile` compiles them once; switching adapters of equal structure changes a pointer only.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import linecache
+import operator
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .capture import trace
+from .errors import CaptureError
+from .method import Method
+from .sites import LinearNode, NoMatch, Site, find_linears
+from .state import ADAPTERS, AdapterTensors, Container
+
+SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
+BASE = "fxgraft_base"  # plain attribute of an owner: its class before grafting
+PROVENANCE = "fxgraft"  # key in node.meta
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which pass made a node, for which site and method."""
+
+    made_by: str
+    site: str
+    method: str
+
+
+# -- owners ------------------------------------------------------------------------------------------------------
+class Grafted(nn.Module):
+    """Mixin of all generated classes: copying keeps the class, pickling rebuilds it."""
+
+    fxgraft_graph: fx.Graph | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Grafted:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The generated class cannot be imported; it is a function of the base class and the slots.
+        return (Grafted.__new__, (Grafted,), self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _set_class(self)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before grafting."""
+    return module.__dict__.get(BASE) or type(module)
+
+
+def plain_view(module: nn.Module) -> nn.Module:
+    """The module as it was before grafting: original class, same tensors and children, no adapters.
+
+    A module that was never grafted is returned as it is. The view shares every attribute with the module.
+    """
+    if BASE not in module.__dict__:
+        return module
+    base = base_class(module)
+    view = base.__new__(base)
+    view.__dict__ = {k: v for k, v in module.__dict__.items() if not k.startswith((SLOT, BASE))}
+    view.__dict__["_modules"] = {k: v for k, v in module._modules.items() if not isinstance(v, Container)}
+    return view
+
+
+def site_tensors(owner: nn.Module, adapter: str) -> list[AdapterTensors]:
+    """The tensors of one adapter in one owner, a module per site."""
+    container = owner._modules[ADAPTERS]._modules[adapter]  # type: ignore[index, union-attr]
+    if isinstance(container, AdapterTensors):
+        return [container]
+    return list(container._modules.values())  # type: ignore[union-attr, arg-type]
+
+
+def add_adapter(owner: nn.Module, name: str, child: nn.Module, key: str = "") -> None:
+    """Register an adapter's tensors (or a retrained copy) under `fxgraft.<name>[.<key>]` of the owner."""
+    if owner._modules.get(ADAPTERS) is None:
+        owner._modules[ADAPTERS] = Container()
+    adapters = owner._modules[ADAPTERS]
+    assert adapters is not None
+    if not key:
+        adapters._modules[name] = child
+        return
+    if name not in adapters._modules:
+        adapters._modules[name] = Container()
+    adapters._modules[name]._modules[key] = child  # type: ignore[union-attr]
+
+
+def drop_adapter(owner: nn.Module, name: str) -> None:
+    """Undo `add_adapter`; the last adapter takes the container with it. Slots must not point at it any more."""
+    adapters = owner._modules[ADAPTERS]
+    del adapters._modules[name]  # type: ignore[union-attr]
+    if not adapters._modules:  # type: ignore[union-attr]
+        del owner._modules[ADAPTERS]
+
+
+def activate(owner: nn.Module, names: Sequence[str]) -> None:
+    """Point the owner's slots at these adapters (those it has) and give it the class that computes them, in order."""
+    for attribute in [a for a in owner.__dict__ if a.startswith(SLOT)]:
+        del owner.__dict__[attribute]
+    adapters = owner._modules.get(ADAPTERS)
+    slots: list[nn.Module] = []
+    for name in names:
+        if adapters is None or name not in adapters._modules:
+            continue
+        child = adapters._modules[name]
+        slots += site_tensors(owner, name) if isinstance(child, Container) else [child]  # type: ignore[list-item]
+    owner.__dict__.setdefault(BASE, type(owner))
+    for index, tensors in enumerate(slots):
+        owner.__dict__[f"{SLOT}{index}"] = tensors
+    _set_class(owner)
+
+
+def restore_class(owner: nn.Module) -> None:
+    """Give an owner without adapters its original class back."""
+    for attribute in [a for a in owner.__dict__ if a.startswith(SLOT)]:
+        del owner.__dict__[attribute]
+    owner.__class__ = owner.__dict__.pop(BASE)
+
+
+# -- classes -----------------------------------------------------------------------------------------------------
+_classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = weakref.WeakValueDictionary()
+_sources = itertools.count()
+
+
+def _slots(owner: nn.Module) -> list[nn.Module]:
+    return [value for key, value in owner.__dict__.items() if key.startswith(SLOT)]
+
+
+def _set_class(owner: nn.Module) -> None:
+    slots = _slots(owner)
+    base = base_class(owner)
+    if slots and not isinstance(slots[0], AdapterTensors):
+        owner.__class__ = _retrained_class(base)
+        return
+    if not slots:
+        owner.__class__ = _class((base, None), base, {})
+        return
+    view = plain_view(owner)
+    traced = trace(view)
+    described = tuple((s.site.weight, s.site.bias, s.site.offset, s.site.out_features, s.site.whole, s.method) for s in slots)  # type: ignore[union-attr]
+    key = (traced.signature, described)
+    known = _classes.get(key)
+    if known is None:
+        parameters = {n: p for n, p in view._parameters.items() if p is not None}
+        graph = graft_graph(traced.graph, parameters, [(s.site, s.method) for s in slots])  # type: ignore[misc, arg-type]
+        known = _class(key, base, {"forward": _compile(graph, base.__name__), "fxgraft_graph": graph})
+    owner.__class__ = known
+
+
+def _class(key: tuple[Any, ...], base: type[nn.Module], namespace: Mapping[str, Any]) -> type[nn.Module]:
+    known = _classes.get(key)
+    if known is None:
+        known = type(f"Grafted{base.__name__}", (Grafted, base), {"__module__": base.__module__, **namespace})
+        _classes[key] = known
+    return known
+
+
+def _retrained_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A class that hands calls to the trained copy in slot 0: the base module keeps its keys and its values."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.fxgraft_slot0(*args, **kwargs)  # type: ignore[operator]
+
+    return _class((base, "retrained"), base, {"forward": forward})
+
+
+def _compile(graph: fx.Graph, name: str) -> Any:
+    """The graph as a Python function, with its source where tracebacks find it."""
+    code = graph.python_code("self")
+    file = f"<fxgraft Grafted{name}.{next(_sources)}>"
+    linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)
+    namespace = dict(code.globals)
+    exec(compile(code.src, file, "exec"), namespace)
+    return namespace["forward"]
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------
+class Emitter:
+    """What a method sees of one site while it inserts its operator.
+
+    Attributes:
+        graph: the graph being edited; the insertion point is right behind the site's product.
+        site: the site.
+        x: the input `(..., in)`; y: the output so far `(..., out)` of this site's part.
+    """
+
+    def __init__(self, graph: fx.Graph, site: Site, linear: LinearNode, y: fx.Node, slot: int, method: Method) -> None:
+        self.graph, self.site, self.x = graph, site, linear.x
+        self._output, self._slot = y, slot
+        self._provenance = Provenance("graft", site.name, method.key)
+
+    def _mark(self, node: fx.Node) -> fx.Node:
+        node.meta[PROVENANCE] = self._provenance
+        return node
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of an operator or a function."""
+        return self._mark(self.graph.call_function(target, args, kwargs))
+
+    def tensor(self, name: str) -> fx.Node:
+        """A tensor of this site."""
+        return self._mark(self.graph.get_attr(f"{SLOT}{self._slot}.{name}"))
+
+    def shared(self, name: str) -> fx.Node:
+        """A tensor the sites of the adapter share."""
+        return self._mark(self.graph.get_attr(f"{SLOT}{self._slot}.shared.{name}"))
+
+    @property
+    def y(self) -> fx.Node:
+        if self.site.whole:
+            return self._output
+        return self.call(torch.narrow, self._output, -1, self.site.offset, self.site.out_features)
+
+    def weight(self) -> fx.Node:
+        """The base weight of this site in linear layout `(out, in)`."""
+        node = self._mark(self.graph.get_attr(self.site.weight))
+        if self.site.contracted == 0:
+            node = self.call(torch.t, node)
+        if not self.site.whole:
+            node = self.call(torch.narrow, node, 0, self.site.offset, self.site.out_features)
+        return node
+
+    def bias(self) -> fx.Node | None:
+        """The base bias `(out,)` of this site, or None."""
+        if self.site.bias is None:
+            return None
+        node = self._mark(self.graph.get_attr(self.site.bias))
+        return node if self.site.whole else self.call(torch.narrow, node, 0, self.site.offset, self.site.out_features)
+
+    def dropped(self, p: float) -> fx.Node:
+        """The input with dropout `p` in training; the input itself for `p = 0`."""
+        if p == 0:
+            return self.x
+        training = self._mark(self.graph.get_attr("training"))
+        return self.call(F.dropout, self.x, p, training)
+
+    def add(self, delta: fx.Node) -> fx.Node:
+        """`y + delta`. The product's result is fresh and has no other reader, so the sum is made in place."""
+        if self.site.whole:
+            return self.call(operator.iadd, self._output, delta)
+        # The sum is read through the whole output only: an operator whose schema says that it writes survives cleanup.
+        self.call(torch.ops.aten.add_.Tensor, self.y, delta)
+        return self._output
+
+
+def graft_graph(
+    graph: fx.Graph, parameters: Mapping[str, torch.Tensor], adapters: Sequence[tuple[Site, Method]]
+) -> fx.Graph:
+    """`y = linear(x, W, b)` -> `y = linear(x, W, b); y += fxgraft::<method>(x, ...)`, for each adapter in order.
+
+    The graph it is given is not changed.
+    """
+    result = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    output = result.graph_copy(graph, copied)
+    result.output(output)
+    found = find_linears(result, parameters)
+    ends: dict[fx.Node, fx.Node] = {}
+    for slot, (site, method) in enumerate(adapters):
+        linears = found.get(site.weight, NoMatch(f"no parameter {site.weight!r}"))
+        if isinstance(linears, NoMatch):
+            raise CaptureError(f"{site.name!r} cannot be adapted: {linears.reason}")
+        for linear in linears:
+            y = ends.get(linear.node, linear.node)
+            before = set(result.nodes)
+            with result.inserting_before(y.next):
+                new = method.emit(Emitter(result, site, linear, y, slot, method))
+            made = set(result.nodes) - before
+            if new is not y:
+                y.replace_all_uses_with(new, delete_user_cb=lambda user, made=made: user not in made)
+            ends[linear.node] = new
+    result.lint()
+    return result

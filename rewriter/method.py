@@ -1,0 +1,169 @@
+"""What an adapter method is: a frozen config that declares its tensors and emits its operator.
+
+A method is ONE file under `passes/methods/` with one subclass of `Method`. Nothing outside that file knows its
+arithmetic: capture, graft, merge, checkpoints and exporters go through this interface.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import MergeError, SpecError, listing
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from .graft import Emitter
+    from .sites import Site
+
+Role = Literal["trainable", "frozen", "derived"]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Decl:
+    """One adapter tensor before it exists.
+
+    Args:
+        shape: its dimensions.
+        role: `trainable` (a parameter, saved), `frozen` (a buffer, saved) or `derived` (a buffer recomputed from the
+            config, never saved).
+        dtype: None for the adapter's dtype, or a fixed one (indices).
+    """
+
+    shape: tuple[int, ...]
+    role: Role = "trainable"
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """All tensors of one method on a group of sites: `shared` live once at the root, `local[i]` at site i."""
+
+    local: Sequence[Mapping[str, Decl]]
+    shared: Mapping[str, Decl] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InitContext:
+    """What an initialisation may look at.
+
+    Args:
+        weights: for each site a callable-free view of the base weight in linear layout `(out, in)`, in the base dtype.
+        update: the result of `estimate_update`, or None.
+    """
+
+    weights: Sequence[Tensor]
+    update: Any = None
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of the method configs. Subclasses are frozen dataclasses declared with `class X(Method, key="x")`."""
+
+    key: ClassVar[str] = ""
+    #: why the method cannot be folded into the base weight; None where it can
+    unmergeable: ClassVar[str | None] = None
+    #: why the method is not a low-rank product; None where it is
+    not_low_rank: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, key: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.key = key
+        METHODS[key] = cls
+
+    def __deepcopy__(self, memo: Any) -> Method:
+        return self
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
+    def declare(self, sites: Sequence[Site]) -> Declaration:
+        """The tensors for these sites; raises `SpecError` where the config does not fit them."""
+        raise NotImplementedError
+
+    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+        """Fill the trainable and frozen tensors in place. Not called on the meta device or before a load."""
+        raise NotImplementedError
+
+    def derive(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors]) -> None:
+        """Fill the derived tensors in place from the config alone. Not called on the meta device."""
+
+    # -- graph -----------------------------------------------------------------------------------------------------
+    def emit(self, e: Emitter) -> fx.Node:
+        """Insert the dialect node for one site and return the node that replaces the site's output."""
+        raise NotImplementedError
+
+    # -- folding ---------------------------------------------------------------------------------------------------
+    def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
+        """`A (r, in)` and `B (out, r)` of one site with `delta W = B A`, every scale folded into B."""
+        raise MergeError(f"{type(self).__name__} is not a low-rank product: {self.not_low_rank}")
+
+    def fold(
+        self, weight: Tensor, bias: Tensor | None, shared: Tensors, local: Tensors
+    ) -> tuple[Tensor, Tensor | None]:
+        """The merged weight `(out, in)` and bias `(out,)`, from float32 (or wider) inputs and in their dtype."""
+        if self.unmergeable:
+            raise MergeError(f"{type(self).__name__} cannot be merged: {self.unmergeable}")
+        A, B = self.factors(shared, local)
+        return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias
+
+    # -- JSON ------------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `method_from_dict` reads it back."""
+        return {"method": self.key, **dataclasses.asdict(self)}
+
+
+def method_from_dict(data: Mapping[str, Any]) -> Method:
+    """The inverse of `Method.to_dict`. Raises `SpecError` on an unknown method or field."""
+    values = dict(data)
+    key = values.pop("method", None)
+    cls = METHODS.get(key)  # type: ignore[arg-type]
+    if cls is None:
+        raise SpecError(f"unknown method {key!r}; known are {listing(METHODS)}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := set(values) - known:
+        raise SpecError(
+            f"{cls.__name__} has no field {listing(sorted(unknown))}; its fields are {listing(sorted(known), 20)}. "
+            "Was this written by a newer version of fxgraft?"
+        )
+    return cls(**values)
+
+
+# -- checks the configs share --------------------------------------------------------------------------------------
+def check_positive_int(config: Method, **values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SpecError(f"{type(config).__name__}({name}={value!r}): allowed are whole numbers from 1 up")
+
+
+def check_positive(config: Method, **values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise SpecError(
+                f"{type(config).__name__}({name}={value!r}): allowed are finite numbers above 0; "
+                "a scale of zero would make the adapter silently do nothing"
+            )
+
+
+def check_dropout(config: Method, dropout: Any) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise SpecError(f"{type(config).__name__}(dropout={dropout!r}): allowed are probabilities from 0 up to below 1")
+
+
+def check_rank(config: Method, rank: int, sites: Sequence[Site]) -> None:
+    """A rank above `min(in, out)` adds parameters and no expressiveness: refuse it."""
+    for site in sites:
+        if rank > min(site.in_features, site.out_features):
+            raise SpecError(
+                f"{type(config).__name__}(rank={rank}): site {site.name!r} is {site.out_features} x {site.in_features} "
+                f"(out x in), so its rank is at most {min(site.in_features, site.out_features)}; "
+                "lower the rank, exclude the site, or give it an override"
+            )

@@ -1,0 +1,124 @@
+"""`Spec`: which method goes where. Immutable, checked at construction, JSON round trip."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import SpecError
+from .method import Method, method_from_dict
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Parts of a fused weight, such as q and v of a fused qkv projection.
+
+    Args:
+        pattern: as in `Spec.targets`.
+        parts: into how many equal parts the output dimension is cut.
+        select: the parts that get an adapter, counted from 0.
+    """
+
+    pattern: str
+    parts: int = 1
+    select: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "select", tuple(self.select))
+        _check_pattern(self.pattern, "Target.pattern")
+        if not isinstance(self.parts, int) or self.parts < 1:
+            raise SpecError(f"Target(parts={self.parts!r}): allowed are whole numbers from 1 up")
+        if not self.select or len(set(self.select)) != len(self.select):
+            raise SpecError(f"Target(select={self.select!r}): name at least one part, and each once")
+        for part in self.select:
+            if not isinstance(part, int) or not 0 <= part < self.parts:
+                raise SpecError(f"Target(select={self.select!r}): with parts={self.parts} allowed are 0..{self.parts - 1}")
+
+
+def _check_pattern(pattern: Any, where: str) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise SpecError(f"{where}: {pattern!r} is not a pattern; give a name ending, a glob, 're:...' or {ALL_LINEAR!r}")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise SpecError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _names(value: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, (str, Target)):
+        return (value,)
+    if not isinstance(value, Sequence):
+        raise SpecError(f"{where}: {value!r} is not a name or a list of names")
+    return tuple(value)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One adapter: a method and the places it is grafted to.
+
+    Args:
+        method: the config of the method, e.g. `LoRA(rank=8)`.
+        targets: name endings (`"query"`), globs (`"encoder.layer.0.*"`), regular expressions that match the whole
+            name (`"re:.*layer\\.[0-5]\\..*query"`), `"all-linear"` (every linear but the output head), or `Target` for
+            parts of a fused weight. Each must match something.
+        exclude: patterns taken out of the matches.
+        train: modules that are trained in full and saved with the adapter (task heads).
+        overrides: pattern -> another method config for the matched sites; the first matching pattern counts.
+    """
+
+    method: Method
+    targets: tuple[str | Target, ...] = (ALL_LINEAR,)
+    exclude: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    overrides: Mapping[str, Method] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise SpecError(f"Spec(method={self.method!r}): give a method config such as LoRA(rank=8)")
+        for name in ("targets", "exclude", "train"):
+            object.__setattr__(self, name, _names(getattr(self, name), f"Spec({name}=...)"))
+        if not self.targets:
+            raise SpecError(f"Spec(targets=()): name at least one target, or {ALL_LINEAR!r}")
+        for target in self.targets:
+            if not isinstance(target, Target):
+                _check_pattern(target, "Spec(targets=...)")
+        for pattern in (*self.exclude, *self.train):
+            _check_pattern(pattern, "Spec(exclude/train=...)")
+        object.__setattr__(self, "overrides", dict(self.overrides))
+        for pattern, method in self.overrides.items():
+            _check_pattern(pattern, "Spec(overrides=...)")
+            if not isinstance(method, Method):
+                raise SpecError(f"Spec(overrides={{{pattern!r}: {method!r}}}): the value must be a method config")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return {
+            "method": self.method.to_dict(),
+            "targets": [
+                {"pattern": t.pattern, "parts": t.parts, "select": list(t.select)} if isinstance(t, Target) else t
+                for t in self.targets
+            ],
+            "exclude": list(self.exclude),
+            "train": list(self.train),
+            "overrides": {pattern: method.to_dict() for pattern, method in self.overrides.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Spec:
+        """The inverse of `to_dict`. Raises `SpecError` on anything it does not understand."""
+        known = {"method", "targets", "exclude", "train", "overrides"}
+        if not isinstance(data, Mapping) or not {"method"} <= set(data) <= known:
+            raise SpecError(f"a spec has the keys {sorted(known)} (method is required), given was {data!r}")
+        targets = data.get("targets", [ALL_LINEAR])
+        return cls(
+            method=method_from_dict(data["method"]),
+            targets=tuple(Target(**t) if isinstance(t, Mapping) else t for t in _names(targets, "targets")),
+            exclude=tuple(data.get("exclude", ())),
+            train=tuple(data.get("train", ())),
+            overrides={p: method_from_dict(m) for p, m in data.get("overrides", {}).items()},
+        )
