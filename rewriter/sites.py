@@ -70,7 +70,7 @@ class Site:
         in_features, out_features: lengths of the contracted and the produced dimension (of the part).
         contracted: index of the contracted dimension in the stored weight.
         offset: where the part starts in the produced dimension; 0 for a whole weight.
-        whole: whether the site is the whole weight.
+        part, parts: which of how many equal parts of the produced dimension; `0, 1` is the whole weight.
         dtype, device: of the weight.
         form: how the model writes the product.
     """
@@ -83,14 +83,18 @@ class Site:
     out_features: int
     contracted: int
     offset: int
-    whole: bool
     part: int
+    parts: int
     dtype: torch.dtype
     device: torch.device
     form: str
 
     def __deepcopy__(self, memo: object) -> Site:
         return self
+
+    @property
+    def whole(self) -> bool:
+        return self.parts == 1
 
     @property
     def key(self) -> str:

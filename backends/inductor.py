@@ -1,0 +1,54 @@
+"""The `torch.compile` backend "fxgraft": dialect passes on the Dynamo graph, then Inductor.
+
+    Dynamo graph with dialect nodes  ->  pipeline  ->  AOTAutograd + Inductor
+
+Works for training and inference. Dialect nodes that no pass rewrites decompose into ATen by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..passes.pipelines import pipeline_for
+from ..rewriter.errors import FxgraftError
+from ..rewriter.passbase import Program
+
+
+def fxgraft(gm: fx.GraphModule, example_inputs: list[torch.Tensor], **kwargs: Any) -> Callable[..., Any]:
+    """Compile one Dynamo graph. Accepts Inductor's `mode` and `options`."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(list_mode_options(kwargs.pop("mode", None) or "default"))
+    patches.update(kwargs.pop("options", None) or {})
+    if kwargs:
+        raise FxgraftError(f"backend 'fxgraft' does not know {sorted(kwargs)}; allowed are mode and options")
+    program = Program(gm, tuple(example_inputs), training=torch.is_grad_enabled())
+    result = pipeline_for(program)(program)
+    return compile_fx(result.program.graph_module, example_inputs, config_patches=patches)
+
+
+def register() -> None:
+    """Make `torch.compile(backend="fxgraft")` work in a process where the package's entry point is not installed."""
+    import torch._dynamo as dynamo
+
+    if "fxgraft" not in dynamo.list_backends():
+        dynamo.register_backend(fxgraft, name="fxgraft")
+
+
+def compile(model: nn.Module, **options: Any) -> Any:  # noqa: A001 (the public name)
+    """`torch.compile(model, backend="fxgraft", **options)`: training and serving, one graph per distinct structure.
+
+    Args:
+        options: those of `torch.compile`; `mode` and `options` are Inductor's.
+
+    `set_active`, `disabled`, `swap` and `explain` take the compiled model as well as the model inside.
+    """
+    if "backend" in options:
+        raise FxgraftError("fg.compile always uses the backend 'fxgraft'; call torch.compile for another one")
+    register()
+    return torch.compile(model, backend="fxgraft", **options)

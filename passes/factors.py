@@ -1,0 +1,198 @@
+"""Low-rank adapters of any method as plain factors: what every consumer that knows only `(x A) B` can take.
+
+    fxgraft::<method>(x, ...)  ->  (x @ A) @ B        A (in, r), B (r, out), every scale folded into B
+
+Does not handle methods that are not a low-rank product (GLoRA, HydraLoRA): they are refused with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..rewriter.api import adapter_modules, base_of, graft_adapter, trained_modules
+from ..rewriter.errors import MergeError
+from ..rewriter.graft import Emitter
+from ..rewriter.method import Decl, Declaration, InitContext, Method, Tensors
+from ..rewriter.sites import Site
+from ..rewriter.spec import Spec, Target
+from ..rewriter.targets import resolve
+from ..rewriter.state import AdapterRecord, record_of, unwrap
+from .methods.lora import LoRA
+
+FACTORS = "factors"  # name of the adapter in a factored twin
+
+
+@dataclass(frozen=True)
+class Factors(Method, key="factors"):
+    """The form exports use: `y += (x A) B` as two plain products, ranks site by site.
+
+    Tensors per site: `A (in, r)`, `B (r, out)`: stored so that a graph needs no transpose.
+    """
+
+    ranks: tuple[int, ...] = ()
+
+    def declare(self, sites: Sequence[Site]) -> Declaration:
+        return Declaration(
+            [
+                {"A": Decl((s.in_features, r)), "B": Decl((r, s.out_features))}
+                for s, r in zip(sites, self.ranks, strict=True)
+            ]
+        )
+
+    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+        for tensors in local:
+            for tensor in tensors.values():
+                tensor.zero_()
+
+    def emit(self, e: Emitter) -> fx.Node:
+        return e.add(e.call(torch.matmul, e.call(torch.matmul, e.x, e.tensor("A")), e.tensor("B")))
+
+    def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
+        return local["A"].t(), local["B"].t()
+
+
+def _low_rank(root: nn.Module, name: str) -> AdapterRecord:
+    record = record_of(root, name)
+    for group in record.groups:
+        if group.method.not_low_rank:
+            raise MergeError(
+                f"adapter {name!r} ({type(group.method).__name__}) has no low-rank factors: {group.method.not_low_rank}"
+            )
+    return record
+
+
+def linear_factors(adapted: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each site `A (r, in)` and `B (out, r)` with `delta W = B A`, in float32 (or wider), scales folded into B."""
+    root = unwrap(adapted)
+    record = _low_rank(root, name)
+    found = {}
+    with torch.no_grad():
+        for _, tensors in adapter_modules(root, name, record):
+            if tensors.site is None:
+                continue
+            common = tensors.__dict__["shared"]
+            shared = common.tensors() if common is not None else {}
+            wide = {k: _wide(t) for k, t in tensors.tensors().items()}
+            found[tensors.site.name] = tensors.method.factors({k: _wide(t) for k, t in shared.items()}, wide)
+    return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor.detach()
+
+
+def factors(adapted: nn.Module, name: str = "default") -> dict[str, tuple[Tensor, Tensor]]:
+    """For each site `A (in, r)` and `B (r, out)`, contiguous, in the dtype of the base weight, scales folded into B."""
+    root = unwrap(adapted)
+    dtypes = {site.name: _compute_dtype(root, site) for site in record_of(root, name).sites}
+    return {
+        site: (A.t().to(dtypes[site]).contiguous(), B.t().to(dtypes[site]).contiguous())
+        for site, (A, B) in linear_factors(root, name).items()
+    }
+
+
+def _compute_dtype(root: nn.Module, site: Site) -> torch.dtype:
+    weight = root.get_submodule(site.owner)._parameters[site.weight]
+    assert weight is not None
+    return weight.dtype if weight.is_floating_point() else torch.float32
+
+
+def trained(adapted: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The values of the modules the adapter trains in full, under their base state-dict keys."""
+    root = unwrap(adapted)
+    return {
+        f"{path}.{key}": tensor.detach()
+        for path, module in trained_modules(root, name, record_of(root, name)).items()
+        for key, tensor in module.state_dict().items()
+    }
+
+
+def factor_keys(adapted: nn.Module, name: str = "default") -> dict[str, tuple[str, str]]:
+    """Site name -> the state-dict keys of its A and B in the factored twin."""
+    keys = {}
+    for site in record_of(unwrap(adapted), name).sites:
+        stem = ".".join(part for part in (site.owner, "fxgraft", FACTORS, site.key) if part)
+        keys[site.name] = (f"{stem}.A", f"{stem}.B")
+    return keys
+
+
+def _sites_as_targets(record: AdapterRecord) -> tuple[Target | str, ...]:
+    """Targets that name exactly the sites of a record, whatever patterns found them."""
+    whole = [re.escape(s.name) for s in record.sites if s.whole]
+    targets: list[Target | str] = ["re:" + "|".join(whole)] if whole else []
+    parts: dict[str, list[Site]] = {}
+    for site in record.sites:
+        if not site.whole:
+            parts.setdefault(site.name.rpartition("[")[0], []).append(site)
+    for stem, sites in parts.items():
+        targets.append(Target(f"re:{re.escape(stem)}", sites[0].parts, tuple(s.part for s in sites)))
+    return tuple(targets)
+
+
+def factored(adapted: nn.Module, name: str = "default") -> nn.Module:
+    """A twin over the same base tensors in which every site of the adapter computes `y + (x @ A) @ B`.
+
+    Its state-dict keys are those of `factor_keys`; the modules the adapter trains stand under their base keys with the
+    trained values. The twin is in the mode (train or eval) of the model.
+    """
+    root = unwrap(adapted)
+    record = _low_rank(root, name)
+    values = factors(root, name)
+    order = [site.name for site in record.sites]
+    plain = base_of(root)
+    modules = dict(plain.named_modules())
+    for path, module in trained_modules(root, name, record).items():
+        parent, _, leaf = path.rpartition(".")
+        modules[parent]._modules[leaf] = module
+    spec = Spec(Factors(), targets=_sites_as_targets(record))
+    found = [site.name for site, _ in resolve(plain, spec).sites]
+    assert sorted(found) == sorted(order), (found, order)
+    spec = Spec(Factors(ranks=tuple(values[n][0].shape[1] for n in found)), targets=spec.targets)
+    dtypes = {A.dtype for A, _ in values.values()}
+    twin = graft_adapter(plain, spec, FACTORS, dtype=dtypes.pop() if len(dtypes) == 1 else None, update=None, initialise=False)
+    with torch.no_grad():
+        for _, tensors in adapter_modules(twin, FACTORS, record_of(twin, FACTORS)):
+            A, B = values[tensors.site.name]  # type: ignore[union-attr]
+            tensors.A.copy_(A)
+            tensors.B.copy_(B)
+    return twin
+
+
+def to_lora(adapted: nn.Module, name: str = "default") -> nn.Module:
+    """The same function as a plain LoRA: exact for LoRA, LoRA-XS, LoRA-SB, Uni-LoRA and PRoLoRA.
+
+    Returns a new adapted model with the one adapter, under the same name, that is a `LoRA` with `alpha = rank`;
+    modules the adapter trains come along. Factors are computed in float32.
+
+    Raises:
+        MergeError: the method is not a low-rank product; the text says why.
+    """
+    root = unwrap(adapted)
+    record = _low_rank(root, name)
+    values = linear_factors(root, name)
+    ranks = {site: A.shape[0] for site, (A, _) in values.items()}
+    most = max(set(ranks.values()), key=list(ranks.values()).count)
+    overrides = {f"re:{_escape(s)}": LoRA(rank=r, alpha=r) for s, r in ranks.items() if r != most}
+    spec = Spec(
+        LoRA(rank=most, alpha=most), targets=_sites_as_targets(record), train=record.spec.train, overrides=overrides
+    )
+    result = graft_adapter(base_of(root), spec, name, dtype=None, update=None, initialise=False)
+    target_record = record_of(result, name)
+    with torch.no_grad():
+        for _, tensors in adapter_modules(result, name, target_record):
+            A, B = values[tensors.site.name]  # type: ignore[union-attr]
+            tensors.A.copy_(A)
+            tensors.B.copy_(B)
+        copies = trained_modules(result, name, target_record)
+        for path, module in trained_modules(root, name, record).items():
+            copies[path].load_state_dict(module.state_dict())
+    return result.train(root.training)
+
+
+def _escape(name: str) -> str:
+    return re.escape(name.rpartition("[")[0] if name.endswith("]") else name)

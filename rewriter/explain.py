@@ -1,0 +1,122 @@
+"""What was grafted where: a table of every site, its method, shapes, counts and bytes."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .api import adapter_modules, trained_modules
+from .state import AdapterTensors, base_modules, state_of, unwrap
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site, one group of shared tensors, or one trained module of one adapter.
+
+    Args:
+        adapter, site, method: names; `kind` is `site`, `shared` or `trained`.
+        shape: `out x in` of the site, empty for the others.
+        tensors: name -> shape of what it holds.
+        trainable: number of trained parameters; bytes: resident bytes, derived tensors included.
+        made_by: the pass that made it.
+    """
+
+    adapter: str
+    kind: str
+    site: str
+    method: str
+    shape: str
+    tensors: dict[str, tuple[int, ...]]
+    trainable: int
+    bytes: int
+    made_by: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every adapter of a model. `print` it for the table.
+
+    Attributes:
+        rows: one `Row` per site, group of shared tensors and trained module, of all adapters.
+        active: names of the active adapters.
+        base: number of base parameters.
+    """
+
+    rows: tuple[Row, ...]
+    active: tuple[str, ...]
+    base: int
+
+    @property
+    def trainable(self) -> int:
+        """Trained parameters of the active adapters, modules trained in full included."""
+        return sum(row.trainable for row in self.rows if row.adapter in self.active)
+
+    @property
+    def bytes(self) -> int:
+        """Resident bytes of all adapters, beside the base."""
+        return sum(row.bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"active: {', '.join(self.active) or 'none'}", title_justify="left")
+        for column in ("adapter", "site", "method", "out x in", "tensors"):
+            table.add_column(column, overflow="fold")
+        for column in ("trainable", "bytes"):
+            table.add_column(column, justify="right")
+        table.add_column("made by")
+        for row in self.rows:
+            tensors = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in row.tensors.items())
+            table.add_row(
+                row.adapter, row.site, row.method, row.shape, tensors, f"{row.trainable:,}", f"{row.bytes:,}", row.made_by
+            )
+        out = io.StringIO()
+        Console(file=out, width=140).print(table)
+        share = self.trainable / self.base if self.base else 0.0
+        return (
+            f"{out.getvalue()}{self.trainable:,} trainable parameters ({share:.4%} of {self.base:,}), "
+            f"{self.bytes:,} bytes beside the base"
+        )
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _row(adapter: str, kind: str, site: str, module: AdapterTensors, made_by: str) -> Row:
+    held = module.tensors()
+    return Row(
+        adapter=adapter,
+        kind=kind,
+        site=site,
+        method=module.method.key,
+        shape=f"{module.site.out_features} x {module.site.in_features}" if module.site else "",
+        tensors={n: tuple(t.shape) for n, t in held.items()},
+        trainable=sum(p.numel() for p in module._parameters.values() if p is not None),
+        bytes=_bytes(held),
+        made_by=made_by,
+    )
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Describe every adapter of an adapted model. Raises `AdapterError` for a model without any."""
+    root, state = unwrap(model), state_of(model)
+    modules = dict(base_modules(root))
+    rows = []
+    for name, record in state.adapters.items():
+        for prefix, tensors in adapter_modules(root, name, record, modules):
+            if tensors.site is None:
+                rows.append(_row(name, "shared", f"(shared by {len(record.sites)} sites)", tensors, record.created_by))
+            else:
+                rows.append(_row(name, "site", prefix[:-1] or "(root)", tensors, record.created_by))
+        for path, module in trained_modules(root, name, record, modules).items():
+            held = dict(module.state_dict())
+            rows.append(
+                Row(name, "trained", path, "full", "", {n: tuple(t.shape) for n, t in held.items()},
+                    sum(p.numel() for p in module.parameters()), _bytes(held), record.created_by)  # fmt: skip
+            )
+    unique = {id(p): p for m in modules.values() for p in m._parameters.values() if p is not None}
+    return Explanation(tuple(rows), state.active, sum(p.numel() for p in unique.values()))

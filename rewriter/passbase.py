@@ -1,0 +1,130 @@
+"""Passes: pure graph-to-graph steps with a checked contract, in pipelines that can be printed and replayed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from .errors import FxgraftError
+from .graft import PROVENANCE, Provenance
+from .sites import NoMatch
+
+
+@dataclass
+class Program:
+    """A whole captured graph.
+
+    Args:
+        graph_module: the graph and its tensors.
+        example_inputs: what it was captured with; may be empty.
+        training: whether gradients will flow through it.
+        exported: the `ExportedProgram` it came from, if any.
+    """
+
+    graph_module: fx.GraphModule
+    example_inputs: tuple[Any, ...] = ()
+    training: bool = False
+    exported: torch.export.ExportedProgram | None = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def __str__(self) -> str:
+        return str(self.graph)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass returns, always.
+
+    Args:
+        program: the program after the pass.
+        modified: whether anything changed.
+        count: how many rewrites were made.
+        no_matches: candidates that were looked at and left, with the reason.
+    """
+
+    program: Program
+    modified: bool
+    count: int = 0
+    no_matches: tuple[NoMatch, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step. Subclasses are frozen dataclasses whose fields are their options; they implement `run`.
+
+    `in_place` says whether `run` edits the program it is given; other passes get a copy of the graph (tensors shared).
+    """
+
+    in_place: ClassVar[bool] = True
+
+    def run(self, program: Program) -> PassResult:
+        raise NotImplementedError
+
+    def __call__(self, program: Program) -> PassResult:
+        given = program if self.in_place else dataclasses.replace(program, graph_module=copy_graph(program.graph_module))
+        before = set(given.graph.nodes)
+        result = self.run(given)
+        if not isinstance(result, PassResult):
+            raise FxgraftError(f"pass {self} returned {type(result).__name__}, not a PassResult")
+        if result.modified != (result.count > 0):
+            raise FxgraftError(f"pass {self} says modified={result.modified} with {result.count} rewrites")
+        if result.modified:
+            for node in set(result.program.graph.nodes) - before:
+                node.meta.setdefault(PROVENANCE, Provenance(type(self).__name__, "", ""))
+            result.program.graph.lint()
+            result.program.graph_module.recompile()
+        return result
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order; calling it runs them all."""
+
+    name: str
+    passes: tuple[Pass, ...] = field(default_factory=tuple)
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def __call__(self, program: Program) -> PassResult:
+        count, no_matches = 0, []
+        for step in self.passes:
+            result = step(program)
+            program = result.program
+            count += result.count
+            no_matches += result.no_matches
+        return PassResult(program, count > 0, count, tuple(no_matches))
+
+    def __str__(self) -> str:
+        return "\n".join([f"pipeline {self.name}:", *(f"  {i + 1}. {step}" for i, step in enumerate(self.passes))])
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module with a graph of its own over the same tensors and submodules."""
+    memo = {id(t): t for t in [*gm.parameters(), *gm.buffers()]}
+    return copy.deepcopy(gm, memo)
+
+
+def replace_meta(new: fx.Node, old: fx.Node, made_by: str) -> None:
+    """Give a node that stands for another one its metadata and say which pass made it."""
+    new.meta.update({k: v for k, v in old.meta.items() if k not in new.meta})
+    new.meta[PROVENANCE] = Provenance(made_by, "", "")
+
+
+def dead_code(gm: fx.GraphModule) -> int:
+    """Remove nodes nobody reads; how many."""
+    before = len(gm.graph.nodes)
+    gm.graph.eliminate_dead_code()
+    return before - len(gm.graph.nodes)
+
+
+__all__: Sequence[str] = ["Pass", "PassResult", "Pipeline", "Program", "copy_graph", "dead_code", "replace_meta"]
