@@ -1,0 +1,252 @@
+"""Surgery on the exported graph, with onnx_ir: names of axes, outputs and nodes, and tensors that can be swapped."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..rewriter.errors import near_misses
+from .errors import ExportError
+
+# protobuf ends at 2 GiB; beyond this the weights go to a file of their own.
+_INLINE_BYTES = 1_500_000_000
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's remarks (missing torchvision, renamed symbols, skipped deduplication) off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def symbols(
+    program: torch.export.ExportedProgram, axes: Mapping[str, Mapping[int, str]]
+) -> tuple[dict[str, str], list[tuple[str, int, str, int]]]:
+    """`{torch's symbol: axis name}`, and the (input, axis, name, size) that torch fixed although they were named."""
+    named: dict[str, str] = {}
+    fixed: list[tuple[str, int, str, int]] = []
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    for name, wanted in axes.items():
+        if name not in values:
+            raise ExportError(f"torch.export renamed input {name!r}; the graph has {sorted(values)}")
+        for axis, label in wanted.items():
+            size = values[name].shape[axis]
+            if isinstance(size, int):
+                fixed.append((name, axis, label, size))
+            else:
+                named.setdefault(str(size.node.expr), label)
+    return named, fixed
+
+
+def rename_axes(model: Any, names: Mapping[str, str]) -> None:
+    """Give torch's symbols (`s72`) the names of their axes in every shape of the graph, inside expressions too."""
+    import onnx_ir as ir
+
+    plain = {symbol: label for symbol, label in names.items() if re.fullmatch(r"\w+", symbol)}
+    if not plain:
+        return
+    word = re.compile(r"\b(" + "|".join(map(re.escape, plain)) + r")\b")
+    for value in _values(model.graph):
+        if value.shape is None or value.shape.is_static():
+            continue
+        dims = [dim if isinstance(dim, int) else getattr(dim, "value", None) for dim in value.shape]
+        value.shape = ir.Shape([word.sub(lambda m: plain[m[1]], dim) if isinstance(dim, str) else dim for dim in dims])
+
+
+def name_outputs(model: Any, names: Sequence[str]) -> None:
+    """Call the graph's outputs by the names of the model's output fields; one tensor returned twice gets a copy."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    if len(graph.outputs) != len(names):
+        raise ExportError(f"the graph has {len(graph.outputs)} outputs, the model {len(names)}: {', '.join(names)}")
+    taken = {value.name: value for value in _values(graph)}
+    done: set[int] = set()
+    for index, name in enumerate(names):
+        value = graph.outputs[index]
+        if id(value) in done or value.producer() is None:
+            node = ir.node("Identity", [value])
+            copy = node.outputs[0]
+            copy.shape, copy.type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[index] = value = copy
+        other = taken.get(name)
+        if other is not None and other is not value:
+            if other.is_graph_input() or other.is_initializer():
+                raise ExportError(f"output {name!r} has the name of an input; rename one of them in the model")
+            other.name = f"{name}.inner"
+        value.name = name
+        taken[name] = value
+        done.add(id(value))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A graph input with a default: its shape (a string where free) and the initializer that `close` gives it."""
+
+    shape: tuple[int | str, ...]
+    default: Any
+
+
+def open_factors(model: Any, keys: Mapping[str, tuple[str, str]]) -> dict[str, Opened]:
+    """Turn factor pairs into graph inputs `<site>.A (in, rank)` and `<site>.B (rank, out)` of free rank.
+
+    `keys` maps a site to the names of its two initializers.
+    The default has rank 0, so the product is an exact zero and the graph is the base model. Every site has a rank
+    symbol of its own: onnxruntime insists that equal symbols are equal numbers.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    opened: dict[str, Opened] = {}
+    for site, leg, key in [
+        (site, leg, key) for site, pair in keys.items() for leg, key in zip("AB", pair, strict=True)
+    ]:
+        value = graph.initializers.get(key)
+        uses = list(value.uses()) if value is not None else []
+        if not uses or any(use.node.op_type not in ("MatMul", "Gemm") for use in uses):
+            why = "the model does not use it" if not uses else "it is no factor of a plain product there"
+            raise ExportError(f"site {site!r} cannot be swapped in the exported graph: {why}")
+        rank, free = f"{site}.rank", 1 if leg == "A" else 0
+        default = list(value.const_value.shape)
+        default[free] = 0
+        dims: list[int | str] = list(default)
+        dims[free] = rank
+        name = f"{site}.{leg}"
+        tensor = ir.tensor(np.zeros(default, dtype=value.dtype.numpy()), name=name)
+        _release(graph, value, name)
+        value.shape = ir.Shape(dims)
+        opened[name] = Opened(tuple(dims), tensor)
+        for use in uses:
+            use.node.name = f"{site}/{leg}"
+            if leg == "A":
+                product = use.node.outputs[0]
+                product.name = f"{site}.xA"
+                product.shape = ir.Shape([*product.shape[:-1], rank])
+    return opened
+
+
+def open_trained(model: Any, defaults: Mapping[str, torch.Tensor]) -> dict[str, Opened]:
+    """Turn the initializers called like the keys of `defaults` into graph inputs with those default values."""
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    graph = model.graph
+    opened: dict[str, Opened] = {}
+    for key, tensor in defaults.items():
+        value = graph.initializers.get(key)
+        if value is None:
+            hint = ", ".join(near_misses(key, graph.initializers)) or "nothing like it"
+            raise ExportError(f"the trained tensor {key!r} is no initializer of the exported graph (it has {hint})")
+        _release(graph, value, key)
+        opened[key] = Opened(tuple(tensor.shape), TorchTensor(tensor.detach(), name=key))
+    return opened
+
+
+def _release(graph: Any, value: Any, name: str) -> None:
+    """Make an initializer a plain input. It gets its default back in `close`, after the optimizer: rewrite rules look
+    at the values of initializers even where those can be overridden, and drop a bias that happens to be zero."""
+    graph.initializers.pop(value.name)
+    value.const_value = None
+    value.name = name
+    graph.inputs.append(value)
+
+
+def close(model: Any, opened: Mapping[str, Opened]) -> None:
+    """Give the opened inputs their defaults: from here on they may be left out."""
+    graph = model.graph
+    for value in graph.inputs:
+        if value.name in opened:
+            value.const_value = opened[value.name].default
+            graph.initializers[value.name] = value
+
+
+def name_transposes(model: Any) -> None:
+    """Call a transposed weight `<weight>.T`; the optimizer folds it, and the name stays."""
+    taken = {value.name for value in _values(model.graph)}
+    for node in model.graph:
+        if node.op_type == "Transpose" and node.inputs[0].is_initializer():
+            name = f"{node.inputs[0].name}.T"
+            if name not in taken:  # a weight may be transposed in two places
+                node.outputs[0].name = name
+                taken.add(name)
+
+
+def tidy(model: Any) -> None:
+    """Node names a reader can follow, `<module path>/<operator>`, and nothing of the machine the file was made on.
+
+    The exporter's notes go (they quote source lines with absolute paths), but for the `namespace` viewers group by.
+    """
+    graph = model.graph
+    counts: dict[str, int] = {}
+    for node in graph:
+        if "/" not in (node.name or ""):
+            node.name = f"{_module_path(node)}/{node.op_type}"
+        counts[node.name] = counts.get(node.name, -1) + 1
+        if counts[node.name]:
+            node.name = f"{node.name}_{counts[node.name]}"
+        namespace = node.metadata_props.get("namespace")
+        node.metadata_props.clear()
+        if namespace:
+            node.metadata_props["namespace"] = namespace
+    for value in _values(graph):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _module_path(node: Any) -> str:
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    if len(scopes) > 1 and not scopes[-2].startswith("_empty_nn_module"):
+        return scopes[-2]  # the last scope is the operator itself
+    # Nodes the optimizer made have no scope; the tensors they read tell where they belong.
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and "." in value.name:
+            return value.name.removesuffix(".T").rpartition(".")[0]
+    return "model"
+
+
+def save(model: Any, path: Path, external_data: bool | None) -> None:
+    """Write the model; where protobuf cannot hold the weights, they go to a file called after their content."""
+    import hashlib
+
+    import onnx_ir as ir
+
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if external_data is None:
+        external_data = size > _INLINE_BYTES
+    if not external_data:
+        ir.save(model, path)
+        return
+    # Named by content: a new export never overwrites the data an older graph still reads, so replacing the graph stays
+    # one atomic rename.
+    digest = hashlib.sha256()
+    for name, value in model.graph.initializers.items():
+        digest.update(name.encode())
+        digest.update(value.const_value.tobytes())
+    ir.save(model, path, external_data=f"{path.stem}.{digest.hexdigest()[:12]}.data")
+
+
+def _values(graph: Any) -> Iterator[Any]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs

@@ -1,0 +1,60 @@
+"""What a graph says about itself: a JSON manifest in its metadata, and the fingerprint that ties adapters to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+KEY = "fxgraft.manifest"
+FORMAT = 1
+_SAMPLES = 64
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that took part in an export."""
+    import onnx
+    import onnx_ir
+    import onnxruntime
+    import onnxscript
+
+    modules = (torch, onnx, onnx_ir, onnxscript, onnxruntime)
+    return {module.__name__: str(module.__version__) for module in modules}
+
+
+def dump(manifest: Mapping[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, **manifest}, sort_keys=True)
+
+
+def load(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The manifest in a graph's metadata; None for a graph fxgraft did not write, or wrote in a later format."""
+    text = metadata.get(KEY)
+    if text is None:
+        return None
+    manifest = json.loads(text)
+    return manifest if manifest.get("format") == FORMAT else None
+
+
+def fingerprint(base: torch.nn.Module, sites: Iterable[str]) -> int:
+    """31 bits that identify the base weights under `sites` (dotted module paths, `[i]` for a part of one).
+
+    Hashes key, shape, dtype and 64 evenly spaced values of every parameter below each site, so a fine-tuned or another
+    model of the same shapes is told apart at no cost worth naming. Heads outside the sites, which are often newly
+    initialised, do not count. onnxruntime's adapter files have one 32-bit field for this, the model version.
+    """
+    wanted = sorted({site.partition("[")[0] for site in sites})
+    state = base.state_dict()
+    digest = hashlib.sha256()
+    for site in wanted:
+        digest.update(site.encode())
+        for key in sorted(key for key in state if key.startswith(f"{site}.")):
+            tensor = state[key].detach()
+            digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            flat = tensor.reshape(-1)
+            places = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel())).long()
+            if flat.numel():
+                digest.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:4], "little") & 0x7FFFFFFF or 1

@@ -1,0 +1,267 @@
+"""`export_onnx`: an adapted model as one ONNX graph, checked against torch before it reaches its place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..rewriter.errors import listing
+from ..rewriter.state import unwrap
+from . import graph, manifest
+from .errors import ExportError
+from .parity import Parity, array, compare, quiet_session, reference, tolerance_of
+from .plans import Merged, Swappable
+from .signature import Axes, Example, automatic_axes, bind, check_sizes, fresh, given_axes, named_tensors, other_sizes
+from .staging import staged
+
+Shape = tuple[int | str, ...]
+MODES = ("merged", "swappable")
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written, and how close it is to torch.
+
+    `inputs`, `outputs` and `adapter_inputs` map names to shapes, with a string for every free dimension; `dynamic_axes`
+    maps input names to {axis: name}. `adapter_inputs` may be left out at run: without them the graph is the base model.
+    `parity` holds the comparisons made, all within `tolerance` (largest difference over an output's largest value).
+    """
+
+    path: Path
+    adapters: str
+    name: str | None
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+    dynamic_axes: Axes
+    adapter_inputs: dict[str, Shape]
+    opset: int
+    parity: tuple[Parity, ...]
+    tolerance: float
+    files: dict[str, int]
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def bytes(self) -> int:
+        """Size of the graph and its external data."""
+        return sum(self.files.values())
+
+    def __str__(self) -> str:
+        def shapes(values: Mapping[str, Shape]) -> str:
+            return ", ".join(f"{name} ({' x '.join(map(str, shape)) or 'scalar'})" for name, shape in values.items())
+
+        lines = [
+            f"{self.path}: {self.adapters}, opset {self.opset}, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s",
+            f"  inputs   {shapes(self.inputs)}",
+            f"  outputs  {shapes(self.outputs)}",
+        ]
+        if self.adapter_inputs:
+            pairs = sum(name.endswith(".A") for name in self.adapter_inputs)
+            rest = len(self.adapter_inputs) - 2 * pairs
+            lines.append(f"  adapter  {pairs} sites (A, B of any rank)" + (f", {rest} trained tensors" if rest else ""))
+        lines.append(f"  parity   tolerance {self.tolerance:.0e} of each output's largest value")
+        lines += [
+            f"    {check.case:<32} {check.relative:8.1e}  (absolute {check.absolute:.1e})  {check.sizes}"
+            for check in self.parity
+        ]
+        return "\n".join(lines + [f"  note     {note}" for note in self.notes])
+
+
+def export_onnx(
+    adapted: torch.nn.Module,
+    path: str | Path,
+    example_inputs: Any,
+    adapters: str = "merged",
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+    name: str | None = None,
+    *,
+    tolerance: float | None = None,
+    external_data: bool | None = None,
+    seed: int = 0,
+) -> OnnxExport:
+    """Write `adapted` to `path` (`*.onnx`) and return what was written.
+
+    adapters        "merged": the adapters folded into the weights, a plain graph. "swappable": the base model with free
+                    inputs `<site>.A (in, rank)`, `<site>.B (rank, out)` and the trained head's tensors; left out, the
+                    graph is the base, and `export_ort_adapter` writes adapters of any rank for it.
+    example_inputs  a tuple of positional or a mapping of keyword arguments; tensors become inputs under their
+                    parameter names, None, bool, int, float and str become constants.
+    dynamic_shapes  {input: {axis: name or torch.export.Dim}}; None makes the batch axis, and the sequence axis of
+                    integer and mask inputs, dynamic; {} fixes every axis. A dynamic axis is at least 2 in the example.
+    opset           ONNX opset; None is the exporter's default.
+    name            which adapter; None is the active one ("merged": all active ones).
+    tolerance       largest allowed difference from torch over the largest value of an output; None picks by dtype
+                    (float32 5e-5).
+    external_data   weights in a file of their own; None does so beyond 1.5 GB.
+
+    A model without adapters is exported as it is ("merged"), a baseline to compare with. The graph is run in
+    onnxruntime against torch, on the example and on fresh random inputs of other sizes, before it is moved into place.
+    The model is exported in eval mode and left as it was. Raises `ExportError` (`ParityError` where the numbers
+    differ); nothing is written then, and a file that was at `path` stays.
+    """
+    started = time.perf_counter()
+    if not isinstance(adapted, torch.nn.Module):
+        raise ExportError(f"export_onnx({type(adapted).__name__}, ...): give the adapted model, an nn.Module")
+    adapted = unwrap(adapted)
+    if adapters not in MODES:
+        hint = "; a bank of adapters is not available yet, use 'swappable'" if adapters == "bank" else ""
+        raise ExportError(f"adapters={adapters!r} is not one of {listing(MODES)}{hint}")
+    example = bind(adapted, example_inputs)
+    if dynamic_shapes is None:
+        axes = automatic_axes(example)
+        dims: dict[str, Any] = {
+            key: dict.fromkeys(axes[key], torch.export.Dim.AUTO) if key in axes else None for key in example.kwargs
+        }
+    else:
+        axes, dims = given_axes(example, dynamic_shapes)
+    check_sizes(example, axes)
+    with staged(path, ".onnx") as folder, _eval(adapted), torch.no_grad():
+        target = Path(path)
+        plan: Merged | Swappable = Merged(adapted, name) if adapters == "merged" else Swappable(adapted, name)
+        limit = tolerance_of(plan.module) if tolerance is None else tolerance
+        outputs = named_tensors(_run(plan.truth, example))
+        program = _capture(plan.module, example, dims)
+        names, fixed = graph.symbols(program, axes)
+        for key, axis, label, size in fixed:
+            if dynamic_shapes is not None or label == "batch":
+                raise ExportError(
+                    f"the model fixes axis {axis} ({label!r}) of input {key!r} to {size}: it computes with the number, "
+                    "not with the input's size. Leave the axis out of dynamic_shapes, or change the model"
+                )
+        model = _translate(program, opset)
+        del program
+        graph.rename_axes(model.model, names)
+        opened = plan.open(model.model)
+        graph.name_outputs(model.model, list(outputs))
+        graph.name_transposes(model.model)
+        with graph.quiet():
+            model.optimize()
+        graph.close(model.model, opened)
+        graph.tidy(model.model)
+        described = _describe(model.model, opened)
+        about = {
+            "adapters": adapters,
+            "name": plan.name,
+            "model": type(adapted).__name__,
+            "sites": plan.sites,
+            "trained": sorted(plan.trained),
+            "fingerprint": plan.fingerprint,
+            "tolerance": limit,
+            "versions": manifest.versions(),
+        }
+        model.model.metadata_props[manifest.KEY] = manifest.dump(about)
+        file = folder / target.name
+        _save(model.model, file, external_data)
+        parity = _verify(plan, file, example, axes, limit, seed)
+        files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
+        notes = tuple(
+            f"axis {axis} of {key} is fixed to {size}: the model computes with the number"
+            for key, axis, _, size in fixed
+        )
+    return OnnxExport(
+        path=target,
+        adapters=adapters,
+        name=plan.name,
+        adapter_inputs={key: value.shape for key, value in opened.items()},
+        parity=tuple(parity),
+        tolerance=limit,
+        files=files,
+        seconds=time.perf_counter() - started,
+        notes=notes,
+        **described,
+    )
+
+
+@contextmanager
+def _eval(adapted: torch.nn.Module) -> Iterator[None]:
+    """Eval mode for the time of the export, every module's own flag restored after it."""
+    modes = [(module, module.training) for module in adapted.modules()]
+    try:
+        adapted.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _run(module: torch.nn.Module, example: Example) -> Any:
+    try:
+        return module(**example.kwargs)
+    except Exception as error:  # whatever the model raises on unfit inputs is the caller's to read
+        raise ExportError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
+
+
+def _capture(module: torch.nn.Module, example: Example, dims: dict[str, Any]) -> torch.export.ExportedProgram:
+    try:
+        with graph.quiet():
+            return torch.export.export(module, (), example.kwargs, dynamic_shapes=example.shapes(dims), strict=False)
+    except Exception as error:  # torch.export raises a dozen unrelated classes
+        raise ExportError(f"torch.export cannot trace the model: {_brief(error)}") from error
+
+
+def _translate(program: torch.export.ExportedProgram, opset: int | None) -> Any:
+    try:
+        with graph.quiet():
+            # Unoptimised: the optimizer would fold and merge the very tensors that become inputs.
+            made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+    except Exception as error:  # as above
+        raise ExportError(f"the model does not translate to ONNX: {_brief(error)}") from error
+    assert made is not None
+    return made
+
+
+def _save(model: Any, file: Path, external_data: bool | None) -> None:
+    import onnx
+
+    try:
+        graph.save(model, file, external_data)
+        onnx.checker.check_model(str(file))
+    except OSError as error:
+        raise ExportError(f"cannot write {file.name!r}: {error.strerror or error}") from error
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"onnx.checker refuses the exported graph: {error}") from error
+
+
+def _verify(
+    plan: Merged | Swappable, file: Path, example: Example, axes: Axes, limit: float, seed: int
+) -> list[Parity]:
+    session = quiet_session(file)
+    cases = [("example", example.tensors, 0)]
+    for step, sizes in enumerate(other_sizes(example, axes) or [{}], start=1):
+        cases.append((f"random {step}", fresh(example, axes, sizes, seed + step), step - 1))
+    checks = []
+    for label, tensors, step in cases:
+        feeds = {key: array(tensor) for key, tensor in tensors.items()}
+        for case, truth, factor_feeds in plan.runs(step):
+            expected = reference(truth, {**tensors, **example.constants})
+            checks.append(compare(session, f"{label}, {case}", feeds, expected, limit, factor_feeds))
+    return checks
+
+
+def _describe(model: Any, opened: Mapping[str, graph.Opened]) -> dict[str, Any]:
+    def shape(value: Any) -> Shape:
+        return tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+
+    inputs = {value.name: shape(value) for value in model.graph.inputs if value.name not in opened}
+    axes = {key: {i: dim for i, dim in enumerate(dims) if isinstance(dim, str)} for key, dims in inputs.items()}
+    return {
+        "inputs": inputs,
+        "outputs": {value.name: shape(value) for value in model.graph.outputs},
+        "dynamic_axes": {key: named for key, named in axes.items() if named},
+        "opset": model.opset_imports[""],
+    }
+
+
+def _brief(error: Exception, lines: int = 12) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: " + "\n".join(text[:lines] + (["..."] if len(text) > lines else []))
+
+
+__all__ = ["OnnxExport", "export_onnx"]
