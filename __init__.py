@@ -1,5 +1,10 @@
 """fxgraft: a model-surgery compiler that grafts parameter-efficient adapters by rewriting torch.fx graphs."""
 
+from . import passes
+from .backends.inductor import compile
+from .exporters.checkpoint import load_adapter, save_adapter
+from .passes import pipelines as _pipelines  # fg.passes.pipelines
+from .passes.factors import to_lora
 from .passes.merge import merge
 from .passes.methods import LoRA, UniLoRA
 from .rewriter.api import active, adapter_state, disabled, remove, rewrite, set_active, swap
@@ -12,6 +17,9 @@ from .rewriter.errors import (
     SpecError,
     TargetError,
 )
+from .rewriter.explain import explain
+from .rewriter.exported import capture
+from .rewriter.passbase import Program
 from .rewriter.spec import Spec, Target
 
 __version__ = "0.1.0"
@@ -22,6 +30,7 @@ __all__ = [
     "FxgraftError",
     "LoRA",
     "MergeError",
+    "Program",
     "Spec",
     "SpecError",
     "Target",
@@ -29,10 +38,17 @@ __all__ = [
     "UniLoRA",
     "active",
     "adapter_state",
+    "capture",
+    "compile",
     "disabled",
+    "explain",
+    "load_adapter",
     "merge",
+    "passes",
     "remove",
     "rewrite",
+    "save_adapter",
     "set_active",
     "swap",
+    "to_lora",
 ]

@@ -1,0 +1,226 @@
+"""PRoLoRA: LoRA whose factors repeat a small chunk, rotated along the rank (arXiv 2402.16902, sections 3.1 to 3.4).
+
+Of the `r` ranks, `u` are plain LoRA and `q = r - u` are shared inside the layer: A is `m` copies of one chunk side by
+side, copy k with row j taken from row `(j + k * sA) mod q`, cut to the layer's width; B likewise along its output. The
+strides are those of the authors' code, `sA = max(q // m, 1)` and `sB = max(q // n, 1)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ...rewriter.dialect import operator
+from ...rewriter.errors import SpecError
+from ...rewriter.graft import Emitter
+from ...rewriter.method import (
+    Decl,
+    Declaration,
+    InitContext,
+    Method,
+    Tensors,
+    check_dropout,
+    check_positive,
+    check_positive_int,
+    check_rank,
+)
+from ...rewriter.sites import Site
+
+
+def rotation(shared: int, chunks: int) -> Tensor:
+    """`(shared, chunks)` int64: entry (j, k) is the chunk's row that copy k puts into row j."""
+    stride = max(shared // chunks, 1)
+    return (torch.arange(shared)[:, None] + stride * torch.arange(chunks)) % shared
+
+
+def expand(chunk: Tensor, rows: Tensor, length: int) -> Tensor:
+    """The rotated copies side by side: chunk `(q, c)`, rows `(q, m)` -> `(q, length)`, `length <= m * c`."""
+    # one gather: m times `torch.roll` costs m dispatches here and m zero-filled gradients in the backward pass
+    return chunk.index_select(0, rows.flatten()).view(chunk.shape[0], -1).narrow(1, 0, length)
+
+
+def chunks_are_cheaper(tokens: object, length: int, rows: Tensor) -> bool:
+    """The cost rule: whether to leave a factor in chunks (True) or to expand it first (False).
+
+    Both ways do the same multiplications, `tokens * q * length`; they differ in what else they move. Expanding writes
+    the full factor and the product reads it back: `2 * q * length` elements, once per call. In chunks the rotation is
+    applied to the small side, one row of q numbers per token and copy, written, rotated and read: `3 * tokens * m * q`
+    elements; and where the copies overlap the end, the large side (x padded, or the sum cut) is copied: `2 * tokens *
+    length`. So chunks win for single tokens of wide layers, expanding wins for batches.
+
+    A number of tokens that is not a plain integer is symbolic: a graph for any size must not depend on it, so the
+    answer is False, which is never far off (the factor is then a constant of the graph in serving).
+    """
+    if type(tokens) is not int:
+        return False
+    q, m = rows.shape
+    padded = 0 if length % m == 0 else 2 * tokens * length
+    return 3 * tokens * m * q + padded < 2 * q * length
+
+
+def _chunked_a(x: Tensor, chunk: Tensor, rows: Tensor) -> Tensor:
+    """`x (..., in)` times the expanded A, transposed, without making it: -> `(..., q)`."""
+    width = rows.shape[1] * chunk.shape[1]
+    x = F.pad(x, (0, width - x.shape[-1])) if width != x.shape[-1] else x
+    products = F.linear(x.unflatten(-1, (rows.shape[1], chunk.shape[1])), chunk)  # (..., m, q), not yet rotated
+    return products.gather(-1, rows.t().expand_as(products)).sum(-2)
+
+
+def _chunked_b(z: Tensor, chunk: Tensor, rows: Tensor, length: int) -> Tensor:
+    """`z (..., q)` times the expanded B, transposed, without making it; chunk `(c, q)` -> `(..., length)`."""
+    index = rows.t().expand(*z.shape[:-1], rows.shape[1], rows.shape[0])
+    rotated = z.new_zeros(index.shape).scatter(-1, index, z.unsqueeze(-2).expand(index.shape))  # (..., n, q)
+    return F.linear(rotated, chunk).flatten(-2).narrow(-1, 0, length)
+
+
+@operator(
+    "prolora(Tensor x, Tensor? A_shared, Tensor? A_unshared, Tensor? B_shared, Tensor? B_unshared, "
+    "Tensor? rows_a, Tensor? rows_b, int out_features, float scale) -> Tensor"
+)
+def prolora(
+    x: Tensor, A_shared: Tensor | None, A_unshared: Tensor | None, B_shared: Tensor | None, B_unshared: Tensor | None,
+    rows_a: Tensor | None, rows_b: Tensor | None, out_features: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """`scale * x A^T B^T` with A and B as the module says.
+
+    x `(..., in)`; A_shared `(q, ceil(in/m))`, A_unshared `(u, in)`, B_shared `(ceil(out/n), q)`, B_unshared `(out, u)`;
+    rows_a `(q, m)` and rows_b `(q, n)` int64 from `rotation`; the tensors of an absent kind are None -> `(..., out)` in
+    x's dtype.
+    """
+    dtype, width = x.dtype, x.shape[-1]
+    if A_shared is None or B_shared is None or rows_a is None or rows_b is None:
+        assert A_unshared is not None and B_unshared is not None, "rank 0"
+        return F.linear(F.linear(x, A_unshared.to(dtype)) * scale, B_unshared.to(dtype))
+    tokens = math.prod(x.shape[:-1])
+    A0, Au = A_shared.to(dtype), None if A_unshared is None else A_unshared.to(dtype)
+    B0, Bu = B_shared.to(dtype), None if B_unshared is None else B_unshared.to(dtype)
+    shared = A0.shape[0]
+    if chunks_are_cheaper(tokens, width, rows_a):
+        z = _chunked_a(x, A0, rows_a)
+        z = z if Au is None else torch.cat([z, F.linear(x, Au)], -1)
+    else:
+        A = expand(A0, rows_a, width)
+        z = F.linear(x, A if Au is None else torch.cat([A, Au]))
+    z = z * scale  # scaled where it is smallest
+    if chunks_are_cheaper(tokens, out_features, rows_b):
+        y = _chunked_b(z[..., :shared], B0, rows_b, out_features)
+        return y if Bu is None else y + F.linear(z[..., shared:], Bu)
+    B = expand(B0.t(), rows_b, out_features)
+    # B lies (r, out) here: the gradient of the transposed layout is the slowest product of a step on CPU
+    return torch.matmul(z, B if Bu is None else torch.cat([B, Bu.t()]))
+
+
+@dataclass(frozen=True)
+class PRoLoRA(Method, key="prolora"):
+    """PRoLoRA (arXiv 2402.16902).
+
+    Args:
+        rank: `r`, at most `min(in, out)` of every site.
+        unshared: `u`, how many of the ranks are plain LoRA; from 0 to `rank` (then it is LoRA).
+        a_chunks, b_chunks: `m` and `n`, how often A's and B's chunk is repeated; they need not divide the dimension.
+        alpha: the delta is scaled by `alpha / rank`, with the full rank.
+        dropout: probability, on the adapter's input, in training only.
+
+    Tensors per site, all trained: `A_shared (q, ceil(in/m))`, `A_unshared (u, in)`, both uniform in ±1/sqrt(in) with
+    the full `in` (the paper's rectified initialisation: a chunk must not start larger because it is narrower), and
+    `B_shared (ceil(out/n), q)`, `B_unshared (out, u)`, zero; `q = rank - unshared`, tensors without elements are left
+    out. Derived: `rows_a (q, m)`, `rows_b (q, n)`, int64; `lengths (2,)`, int64, in and out. Starts as a no-op.
+
+    Raises:
+        SpecError: a value outside its range, a rank above what a site allows, more chunks than a site has features.
+    """
+
+    rank: int = 8
+    unshared: int = 1
+    a_chunks: int = 7
+    b_chunks: int = 7
+    alpha: float = 16
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive_int(self, rank=self.rank, a_chunks=self.a_chunks, b_chunks=self.b_chunks)
+        if isinstance(self.unshared, bool) or not isinstance(self.unshared, int) or not 0 <= self.unshared <= self.rank:
+            raise SpecError(
+                f"PRoLoRA(unshared={self.unshared!r}, rank={self.rank}): allowed are whole numbers from 0 to the rank"
+            )
+        check_positive(self, alpha=self.alpha)
+        check_dropout(self, self.dropout)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def shared(self) -> int:
+        """`q`, how many ranks are shared."""
+        return self.rank - self.unshared
+
+    def declare(self, sites: Sequence[Site]) -> Declaration:
+        check_rank(self, self.rank, sites)
+        q, u, local = self.shared, self.unshared, []
+        for s in sites:
+            for field, chunks, length in (
+                ("a_chunks", self.a_chunks, s.in_features),
+                ("b_chunks", self.b_chunks, s.out_features),
+            ):
+                if q and chunks > length:
+                    raise SpecError(
+                        f"PRoLoRA({field}={chunks}): site {s.name!r} is {s.out_features} x {s.in_features} (out x in) "
+                        f"and cannot be cut into more than {length} chunks there; lower it or give an override"
+                    )
+            decls: dict[str, Decl] = {}
+            if q:
+                decls["A_shared"] = Decl((q, -(-s.in_features // self.a_chunks)))
+            if u:
+                decls["A_unshared"] = Decl((u, s.in_features))
+            if q:
+                decls["B_shared"] = Decl((-(-s.out_features // self.b_chunks), q))
+            if u:
+                decls["B_unshared"] = Decl((s.out_features, u))
+            if q:
+                decls["rows_a"] = Decl((q, self.a_chunks), "derived", torch.int64)
+                decls["rows_b"] = Decl((q, self.b_chunks), "derived", torch.int64)
+                decls["lengths"] = Decl((2,), "derived", torch.int64)
+            local.append(decls)
+        return Declaration(local)
+
+    def derive(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors]) -> None:
+        if self.shared == 0:
+            return
+        rows_a, rows_b = rotation(self.shared, self.a_chunks), rotation(self.shared, self.b_chunks)
+        for site, tensors in zip(sites, local, strict=True):
+            tensors["rows_a"].copy_(rows_a)
+            tensors["rows_b"].copy_(rows_b)
+            tensors["lengths"].copy_(torch.tensor([site.in_features, site.out_features]))
+
+    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+        for site, tensors in zip(sites, local, strict=True):
+            if "A_shared" in tensors:
+                bound = 1 / math.sqrt(site.in_features)
+                torch.nn.init.uniform_(tensors["A_shared"], -bound, bound)
+                tensors["B_shared"].zero_()
+            if "A_unshared" in tensors:
+                torch.nn.init.kaiming_uniform_(tensors["A_unshared"], a=math.sqrt(5))
+                tensors["B_unshared"].zero_()
+
+    def emit(self, e: Emitter) -> fx.Node:
+        q, u = self.shared > 0, self.unshared > 0
+        present = {"A_shared": q, "A_unshared": u, "B_shared": q, "B_unshared": u, "rows_a": q, "rows_b": q}
+        tensors = [e.tensor(name) if there else None for name, there in present.items()]
+        return e.add(e.call(prolora, e.dropped(self.dropout), *tensors, e.site.out_features, self.scale))
+
+    def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
+        A, B = [], []
+        if "A_shared" in local:
+            width, height = local["lengths"].tolist()
+            A.append(expand(local["A_shared"], local["rows_a"], width))
+            B.append(expand(local["B_shared"].t(), local["rows_b"], height).t())
+        if "A_unshared" in local:
+            A.append(local["A_unshared"])
+            B.append(local["B_unshared"])
+        return torch.cat(A), torch.cat(B, 1) * self.scale
