@@ -29,7 +29,8 @@ def fxgraft(gm: fx.GraphModule, example_inputs: list[torch.Tensor], **kwargs: An
         raise FxgraftError(f"backend 'fxgraft' does not know {sorted(kwargs)}; allowed are mode and options")
     program = Program(gm, tuple(example_inputs), training=torch.is_grad_enabled())
     result = pipeline_for(program)(program)
-    return compile_fx(result.program.graph_module, example_inputs, config_patches=patches)
+    compiled: Any = compile_fx(result.program.graph_module, example_inputs, config_patches=patches)
+    return compiled
 
 
 def register() -> None:
@@ -40,7 +41,7 @@ def register() -> None:
         dynamo.register_backend(fxgraft, name="fxgraft")
 
 
-def compile(model: nn.Module, **options: Any) -> Any:  # noqa: A001 (the public name)
+def compile(model: nn.Module, **options: Any) -> Any:
     """`torch.compile(model, backend="fxgraft", **options)`: training and serving, one graph per distinct structure.
 
     Args:

@@ -1,1 +1,5 @@
 """Graph-to-graph steps and the adapter methods."""
+
+from . import pipelines
+
+__all__ = ["pipelines"]

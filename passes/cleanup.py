@@ -50,4 +50,4 @@ def _is_identity(node: fx.Node) -> bool:
     """Dropout in evaluation, or with probability 0. `F.dropout` defaults to training."""
     p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
-    return training is False or p == 0
+    return training is False or (isinstance(p, (int, float)) and p == 0)

@@ -20,8 +20,8 @@ from ..rewriter.graft import Emitter
 from ..rewriter.method import Decl, Declaration, InitContext, Method, Tensors
 from ..rewriter.sites import Site
 from ..rewriter.spec import Spec, Target
-from ..rewriter.targets import resolve
 from ..rewriter.state import AdapterRecord, record_of, unwrap
+from ..rewriter.targets import resolve
 from .methods.lora import LoRA
 
 FACTORS = "factors"  # name of the adapter in a factored twin
@@ -44,7 +44,9 @@ class Factors(Method, key="factors"):
             ]
         )
 
-    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+    def initialise(
+        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
+    ) -> None:
         for tensors in local:
             for tensor in tensors.values():
                 tensor.zero_()
@@ -154,12 +156,14 @@ def factored(adapted: nn.Module, name: str = "default") -> nn.Module:
     assert sorted(found) == sorted(order), (found, order)
     spec = Spec(Factors(ranks=tuple(values[n][0].shape[1] for n in found)), targets=spec.targets)
     dtypes = {A.dtype for A, _ in values.values()}
-    twin = graft_adapter(plain, spec, FACTORS, dtype=dtypes.pop() if len(dtypes) == 1 else None, update=None, initialise=False)
+    twin = graft_adapter(
+        plain, spec, FACTORS, dtype=dtypes.pop() if len(dtypes) == 1 else None, update=None, initialise=False
+    )
     with torch.no_grad():
         for _, tensors in adapter_modules(twin, FACTORS, record_of(twin, FACTORS)):
             A, B = values[tensors.site.name]  # type: ignore[union-attr]
-            tensors.A.copy_(A)
-            tensors.B.copy_(B)
+            tensors._parameters["A"].copy_(A)  # type: ignore[union-attr]
+            tensors._parameters["B"].copy_(B)  # type: ignore[union-attr]
     return twin
 
 
@@ -186,8 +190,8 @@ def to_lora(adapted: nn.Module, name: str = "default") -> nn.Module:
     with torch.no_grad():
         for _, tensors in adapter_modules(result, name, target_record):
             A, B = values[tensors.site.name]  # type: ignore[union-attr]
-            tensors.A.copy_(A)
-            tensors.B.copy_(B)
+            tensors._parameters["A"].copy_(A)  # type: ignore[union-attr]
+            tensors._parameters["B"].copy_(B)  # type: ignore[union-attr]
         copies = trained_modules(result, name, target_record)
         for path, module in trained_modules(root, name, record).items():
             copies[path].load_state_dict(module.state_dict())

@@ -8,6 +8,7 @@ another parameter gets a tensor of its own, so the other one (an embedding) keep
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -56,18 +57,12 @@ def merge(adapted: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
         owners[path].register_parameter(attribute, nn.Parameter(tensor, requires_grad=full in state.trained))
     for path, module in trained.items():
         parent, _, leaf = path.rpartition(".")
-        copied = _own_copy(module)
+        copied = copy.deepcopy(module)
         for n, parameter in copied.named_parameters():
             parameter.requires_grad_(f"{path}.{n}" in state.trained)
         owners[parent]._modules[leaf] = copied
     _untie(plain, {f"{p}.{a}".lstrip(".") for p, a in replaced} | {f"{p}.weight" for p in trained}, ties)
     return plain.train(root.training) if root.training != plain.training else plain
-
-
-def _own_copy(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module)
 
 
 def _fold(root: nn.Module, names: Sequence[str], modules: dict[str, nn.Module]) -> dict[tuple[str, str], Tensor]:
@@ -93,9 +88,13 @@ def _fold(root: nn.Module, names: Sequence[str], modules: dict[str, nn.Module]) 
 
 @torch.no_grad()
 def _fold_weight(
-    owner: nn.Module, stored: Tensor, path: str, attribute: str, adapters: list[tuple[str, AdapterTensors]],
+    owner: nn.Module,
+    stored: Tensor,
+    path: str,
+    attribute: str,
+    adapters: list[tuple[str, AdapterTensors]],
     replaced: dict[tuple[str, str], Tensor],
-) -> bool:  # fmt: skip
+) -> bool:
     """Fold all adapters of one weight; returns whether anything changed."""
     if not stored.is_floating_point() or stored.is_meta or type(stored.data) is not Tensor:
         raise MergeError(

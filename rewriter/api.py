@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterError, FxgraftError, listing, near_misses
-from .graft import ADAPTERS, activate, add_adapter, base_class, drop_adapter, plain_view, restore_class, site_tensors
+from .errors import AdapterError, listing, near_misses
+from .fastpath import set_fast_paths
+from .graft import ADAPTERS, activate, add_adapter, drop_adapter, plain_view, restore_class, site_tensors
 from .method import Decl, InitContext, Method
 from .sites import Site
 from .skeleton import copy_skeleton
@@ -36,9 +38,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 
 # -- rewrite -----------------------------------------------------------------------------------------------------
-def rewrite(
-    model: M, spec: Spec, name: str = "default", *, dtype: torch.dtype | None = None, update: Any = None
-) -> M:
+def rewrite(model: M, spec: Spec, name: str = "default", *, dtype: torch.dtype | None = None, update: Any = None) -> M:
     """Graft an adapter into a model and return the adapted model; the input is not changed.
 
     The result is of the model's own class, shares the base weights' memory, keeps every base state-dict key and adds
@@ -123,9 +123,15 @@ def _register(module: nn.Module, decls: Mapping[str, Decl], dtype: torch.dtype, 
 
 
 def _create(
-    adapted: nn.Module, modules: Mapping[str, nn.Module], group: Group, index: int, name: str,
-    dtype: torch.dtype | None, update: Any, initialise: bool,
-) -> None:  # fmt: skip
+    adapted: nn.Module,
+    modules: Mapping[str, nn.Module],
+    group: Group,
+    index: int,
+    name: str,
+    dtype: torch.dtype | None,
+    update: Any,
+    initialise: bool,
+) -> None:
     """Make, register, derive and initialise the tensors of one group."""
     declared = group.method.declare(group.sites)
     first = group.sites[0]
@@ -157,8 +163,6 @@ def _create(
 
 def _trainable_copy(module: nn.Module, name: str) -> nn.Module:
     """A copy with tensors of its own, from the base values."""
-    import copy
-
     if ADAPTERS in module._modules:  # another adapter trains this module too: start from the base, not from that one
         module = plain_view(module)
     twin = copy.deepcopy(module)
@@ -207,6 +211,7 @@ def _apply_active(root: nn.Module, state: ModelState, names: tuple[str, ...]) ->
             parameter.requires_grad_(name in names and parameter.is_floating_point())
     for path in dict.fromkeys(p for record in state.adapters.values() for p in _owners(record)):
         activate(modules[path], names)
+    set_fast_paths(modules, [path for name in names for path in _owners(state.adapters[name])])
     state.active = names
 
 
@@ -239,9 +244,10 @@ def _shared_of(root: nn.Module, name: str) -> dict[str, AdapterTensors]:
     return found  # type: ignore[return-value]
 
 
-def adapter_modules(root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
-                    ) -> Iterator[tuple[str, AdapterTensors]]:  # fmt: skip
-    """`(prefix, tensors)` of one adapter: shared ones first, then site by site. Prefixes end with a dot or are empty."""
+def adapter_modules(
+    root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
+) -> Iterator[tuple[str, AdapterTensors]]:
+    """`(prefix, tensors)` of one adapter: shared ones first, then sites. Prefixes end with a dot or are empty."""
     modules = dict(base_modules(root)) if modules is None else modules
     for key, shared in _shared_of(root, name).items():
         yield (f"{key}." if key else ""), shared
@@ -250,15 +256,17 @@ def adapter_modules(root: nn.Module, name: str, record: AdapterRecord, modules: 
             yield f"{tensors.site.name}.".lstrip("."), tensors  # type: ignore[union-attr]
 
 
-def trained_modules(root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
-                    ) -> dict[str, nn.Module]:  # fmt: skip
+def trained_modules(
+    root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
+) -> dict[str, nn.Module]:
     """The adapter's own copies of the modules it trains, by path."""
     modules = dict(base_modules(root)) if modules is None else modules
     return {path: modules[path]._modules[ADAPTERS]._modules[name] for path in record.train}  # type: ignore[union-attr, misc, index]
 
 
-def adapter_parameters(root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
-                       ) -> dict[str, nn.Parameter]:  # fmt: skip
+def adapter_parameters(
+    root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
+) -> dict[str, nn.Parameter]:
     """The trainable tensors of one adapter, trained modules included, by their names in the adapter's state."""
     found: dict[str, nn.Parameter] = {}
     for prefix, tensors in adapter_modules(root, name, record, modules):
@@ -355,7 +363,3 @@ def base_of(model: nn.Module) -> nn.Module:
     for name in list(state.adapters) if state else []:
         remove(root, name)
     return root
-
-
-__all__ = ["FxgraftError", "active", "adapter_state", "base_class", "base_of", "disabled", "remove", "rewrite",
-           "set_active", "swap"]  # fmt: skip

@@ -110,6 +110,7 @@ def _unify_modes(name: str, evaluation: fx.Graph, training: fx.Graph) -> fx.Grap
     if not same_shape:
         raise CaptureError(f"the forward of {name} takes another path in training than in evaluation")
     for a, b in pairs:
+
         def mode(x: Any, y: Any, at: fx.Node = a) -> Any:
             if x is False and y is True:
                 with evaluation.inserting_before(at):

@@ -44,7 +44,7 @@ def listing(names: Iterable[str], limit: int = 8) -> str:
 def near_misses(given: str, known: Iterable[str], limit: int = 5) -> list[str]:
     """The known dotted names closest to `given`, comparing whole names, endings and single components."""
     known = list(dict.fromkeys(known))
-    components = {}
+    components: dict[str, str] = {}
     for name in known:
         parts = name.split(".")
         for depth in range(1, len(parts) + 1):

@@ -70,9 +70,8 @@ class Explanation:
         table.add_column("made by")
         for row in self.rows:
             tensors = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in row.tensors.items())
-            table.add_row(
-                row.adapter, row.site, row.method, row.shape, tensors, f"{row.trainable:,}", f"{row.bytes:,}", row.made_by
-            )
+            counts = (f"{row.trainable:,}", f"{row.bytes:,}")
+            table.add_row(row.adapter, row.site, row.method, row.shape, tensors, *counts, row.made_by)
         out = io.StringIO()
         Console(file=out, width=140).print(table)
         share = self.trainable / self.base if self.base else 0.0
@@ -114,9 +113,7 @@ def explain(model: nn.Module) -> Explanation:
                 rows.append(_row(name, "site", prefix[:-1] or "(root)", tensors, record.created_by))
         for path, module in trained_modules(root, name, record, modules).items():
             held = dict(module.state_dict())
-            rows.append(
-                Row(name, "trained", path, "full", "", {n: tuple(t.shape) for n, t in held.items()},
-                    sum(p.numel() for p in module.parameters()), _bytes(held), record.created_by)  # fmt: skip
-            )
+            shapes, count = {n: tuple(t.shape) for n, t in held.items()}, sum(p.numel() for p in module.parameters())
+            rows.append(Row(name, "trained", path, "full", "", shapes, count, _bytes(held), record.created_by))
     unique = {id(p): p for m in modules.values() for p in m._parameters.values() if p is not None}
     return Explanation(tuple(rows), state.active, sum(p.numel() for p in unique.values()))

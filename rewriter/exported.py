@@ -29,7 +29,7 @@ def rewrite_exported(
     from .api import graft_adapter
 
     if program.example_inputs is None:
-        raise CaptureError("this ExportedProgram has no example inputs; export the model again with torch.export.export")
+        raise CaptureError("this ExportedProgram has no example inputs; make it again with torch.export.export")
     gm = program.module(check_guards=False)
     adapted = graft_adapter(gm, spec, name, dtype=dtype, update=update, initialise=True)  # type: ignore[arg-type]
     args, kwargs = program.example_inputs

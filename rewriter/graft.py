@@ -23,7 +23,7 @@ from torch import fx, nn
 from .capture import trace
 from .errors import CaptureError
 from .method import Method
-from .sites import LinearNode, NoMatch, Site, find_linears
+from .sites import NoMatch, Site, find_linears
 from .state import ADAPTERS, AdapterTensors, Container
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
@@ -154,7 +154,7 @@ def _set_class(owner: nn.Module) -> None:
         return
     view = plain_view(owner)
     traced = trace(view)
-    described = tuple((s.site.weight, s.site.bias, s.site.offset, s.site.out_features, s.site.whole, s.method) for s in slots)  # type: ignore[union-attr]
+    described = tuple((s.site.weight, s.site.bias, s.site.offset, s.site.parts, s.method) for s in slots)  # type: ignore[union-attr]
     key = (traced.signature, described)
     known = _classes.get(key)
     if known is None:
@@ -201,8 +201,8 @@ class Emitter:
         x: the input `(..., in)`; y: the output so far `(..., out)` of this site's part.
     """
 
-    def __init__(self, graph: fx.Graph, site: Site, linear: LinearNode, y: fx.Node, slot: int, method: Method) -> None:
-        self.graph, self.site, self.x = graph, site, linear.x
+    def __init__(self, graph: fx.Graph, site: Site, x: fx.Node, y: fx.Node, slot: int, method: Method) -> None:
+        self.graph, self.site, self.x = graph, site, x
         self._output, self._slot = y, slot
         self._provenance = Provenance("graft", site.name, method.key)
 
@@ -272,19 +272,26 @@ def graft_graph(
     output = result.graph_copy(graph, copied)
     result.output(output)
     found = find_linears(result, parameters)
-    ends: dict[fx.Node, fx.Node] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
+
+    def current(node: fx.Node) -> fx.Node:
+        """What stands for a node of the base graph now: a product's sum with its adapters."""
+        while node in replaced:
+            node = replaced[node]
+        return node
+
     for slot, (site, method) in enumerate(adapters):
         linears = found.get(site.weight, NoMatch(f"no parameter {site.weight!r}"))
         if isinstance(linears, NoMatch):
             raise CaptureError(f"{site.name!r} cannot be adapted: {linears.reason}")
         for linear in linears:
-            y = ends.get(linear.node, linear.node)
+            y = current(linear.node)
             before = set(result.nodes)
             with result.inserting_before(y.next):
-                new = method.emit(Emitter(result, site, linear, y, slot, method))
+                new = method.emit(Emitter(result, site, current(linear.x), y, slot, method))
             made = set(result.nodes) - before
             if new is not y:
-                y.replace_all_uses_with(new, delete_user_cb=lambda user, made=made: user not in made)
-            ends[linear.node] = new
+                y.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made)  # noqa: B023 (called at once)
+                replaced[y] = new
     result.lint()
     return result

@@ -89,7 +89,9 @@ class Method:
         """The tensors for these sites; raises `SpecError` where the config does not fit them."""
         raise NotImplementedError
 
-    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+    def initialise(
+        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
+    ) -> None:
         """Fill the trainable and frozen tensors in place. Not called on the meta device or before a load."""
         raise NotImplementedError
 

@@ -25,6 +25,9 @@ from .state import STATE, Container
 class OutlinedLinear(nn.Module):
     """`x W^T (+ b)` cut out of a graph. `weight` and `bias` keep the layout and the names they had there."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, contracted: int) -> None:
         super().__init__()
         self.contracted = contracted
@@ -117,6 +120,3 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
     adaptable = AdaptableGraphModule(result, result.graph)
     adaptable.train(gm.training)
     return adaptable
-
-
-

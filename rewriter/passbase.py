@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -70,7 +70,9 @@ class Pass:
         raise NotImplementedError
 
     def __call__(self, program: Program) -> PassResult:
-        given = program if self.in_place else dataclasses.replace(program, graph_module=copy_graph(program.graph_module))
+        given = (
+            program if self.in_place else dataclasses.replace(program, graph_module=copy_graph(program.graph_module))
+        )
         before = set(given.graph.nodes)
         result = self.run(given)
         if not isinstance(result, PassResult):
@@ -96,7 +98,8 @@ class Pipeline:
         return iter(self.passes)
 
     def __call__(self, program: Program) -> PassResult:
-        count, no_matches = 0, []
+        count = 0
+        no_matches: list[NoMatch] = []
         for step in self.passes:
             result = step(program)
             program = result.program
@@ -125,6 +128,3 @@ def dead_code(gm: fx.GraphModule) -> int:
     before = len(gm.graph.nodes)
     gm.graph.eliminate_dead_code()
     return before - len(gm.graph.nodes)
-
-
-__all__: Sequence[str] = ["Pass", "PassResult", "Pipeline", "Program", "copy_graph", "dead_code", "replace_meta"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ def _is_transpose(node: fx.Node) -> bool:
 
 
 def _weight_of(node: object) -> tuple[fx.Node, bool] | None:
-    """Follow casts and transposes of a 2-d parameter back to its `get_attr`; the flag is an odd number of transposes."""
+    """Follow casts and transposes of a 2-d parameter back to its `get_attr`; the flag says that it is transposed."""
     transposed = False
     while isinstance(node, fx.Node):
         if node.op == "get_attr":
@@ -152,11 +153,17 @@ def _bias_name(node: object, length: int, tensors: Mapping[str, Tensor]) -> str 
 
 def match_linear(node: fx.Node, tensors: Mapping[str, Tensor]) -> LinearNode | NoMatch:
     """Recognise one node. `tensors` are the parameters the graph's `get_attr` nodes may name."""
-    target = node.target
+    target: Any = node.target
     if node.op == "call_method":
         target = {"matmul": torch.matmul, "mm": torch.mm, "addmm": torch.addmm}.get(str(node.target), node.target)
     if target in _LINEAR:
-        form, x, w, b, stored_as_linear = "linear", _argument(node, 0, "input"), _argument(node, 1, "weight"), None, True
+        form, x, w, b, stored_as_linear = (
+            "linear",
+            _argument(node, 0, "input"),
+            _argument(node, 1, "weight"),
+            None,
+            True,
+        )
         b = _argument(node, 2, "bias")
     elif target in _ADDMM:
         form, stored_as_linear = "addmm", False

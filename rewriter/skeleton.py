@@ -22,7 +22,9 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
         return alias
     # A subclass with state of its own (bitsandbytes' Params4bit): its own shallow copy knows what belongs to it.
     alias = copy.copy(parameter)
-    return alias.requires_grad_(False) if alias.is_floating_point() else alias
+    if alias.is_floating_point():
+        alias.requires_grad_(False)
+    return alias
 
 
 def copy_skeleton(model: M) -> M:
@@ -33,7 +35,7 @@ def copy_skeleton(model: M) -> M:
     holds is deep-copied.
     """
     memo: dict[int, Any] = {}
-    keep = []  # deepcopy's memo is keyed by id: the keys must stay alive
+    keep: list[Tensor] = []  # deepcopy's memo is keyed by id: the keys must stay alive
     adapters = {id(m) for c in model.modules() if isinstance(c, Container) for m in c.modules()}
     for module in model.modules():
         if id(module) in adapters:

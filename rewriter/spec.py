@@ -36,12 +36,16 @@ class Target:
             raise SpecError(f"Target(select={self.select!r}): name at least one part, and each once")
         for part in self.select:
             if not isinstance(part, int) or not 0 <= part < self.parts:
-                raise SpecError(f"Target(select={self.select!r}): with parts={self.parts} allowed are 0..{self.parts - 1}")
+                raise SpecError(
+                    f"Target(select={self.select!r}): with parts={self.parts} allowed are 0..{self.parts - 1}"
+                )
 
 
 def _check_pattern(pattern: Any, where: str) -> None:
     if not isinstance(pattern, str) or not pattern:
-        raise SpecError(f"{where}: {pattern!r} is not a pattern; give a name ending, a glob, 're:...' or {ALL_LINEAR!r}")
+        raise SpecError(
+            f"{where}: {pattern!r} is not a pattern; give a name ending, a glob, 're:...' or {ALL_LINEAR!r}"
+        )
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])

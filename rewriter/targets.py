@@ -22,9 +22,11 @@ from .state import base_modules, find_state
 
 #: last path components that name an output head in models that do not declare one
 HEAD_NAMES = frozenset(
-    "lm_head head heads classifier score cls qa_outputs embed_out output_layer output_projection prediction_head fc_out"
-    .split()
-)  # fmt: skip
+    {
+        *("lm_head", "head", "heads", "classifier", "score", "cls", "qa_outputs"),
+        *("embed_out", "output_layer", "output_projection", "prediction_head", "fc_out"),
+    }
+)
 _NOT_LINEAR = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
@@ -109,8 +111,10 @@ def _sites_of(model_modules: Mapping[str, nn.Module], candidate: _Candidate) -> 
     owner = model_modules[candidate.owner]
     parent = model_modules.get(candidate.owner.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
-        return NoMatch("nn.MultiheadAttention reads this weight without calling the layer: an adapter on it would be "
-                       "silently skipped; use separate projections")  # fmt: skip
+        return NoMatch(
+            "nn.MultiheadAttention reads this weight without calling the layer: an adapter on it would be "
+            "silently skipped; use separate projections"
+        )
     base = base_class(owner)
     if base.forward is nn.Module.forward:
         return NoMatch(f"{base.__name__} has no forward")
@@ -123,9 +127,7 @@ def _sites_of(model_modules: Mapping[str, nn.Module], candidate: _Candidate) -> 
     return found if isinstance(found, NoMatch) else found[0]
 
 
-def _make_sites(
-    candidate: _Candidate, linear: LinearNode, weight: Tensor, target: Target | None
-) -> list[Site]:
+def _make_sites(candidate: _Candidate, linear: LinearNode, weight: Tensor, target: Target | None) -> list[Site]:
     produced = weight.shape[1 - linear.contracted]
     parts = target.parts if target else 1
     if produced % parts:
@@ -160,8 +162,13 @@ def _no_match(what: str, pattern: str, known: Iterable[str]) -> TargetError:
     return TargetError(f"{what} {pattern!r} matches nothing in this model. Close names: {listing(close)}")
 
 
-def _select(spec: Spec, modules: Mapping[str, nn.Module], candidates: Mapping[str, _Candidate],
-            heads: set[str], train: tuple[str, ...]) -> dict[str, tuple[Target | None, bool]]:  # fmt: skip
+def _select(
+    spec: Spec,
+    modules: Mapping[str, nn.Module],
+    candidates: Mapping[str, _Candidate],
+    heads: set[str],
+    train: tuple[str, ...],
+) -> dict[str, tuple[Target | None, bool]]:
     """Candidate name -> (its Target, whether it was asked for by more than `all-linear`)."""
     chosen: dict[str, tuple[Target | None, bool]] = {}
     for given in spec.targets:
