@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import fxgraft as fg
 import harness
 import subjects
 import torch
@@ -19,6 +18,8 @@ import torch._dynamo
 from subjects import Subject
 from torch import nn
 from torch._dynamo.utils import counters
+
+import fxgraft as fg
 
 # All candidates are instances of one class and share its code object, to which Dynamo's limit applies.
 RECOMPILE_LIMIT = 64

@@ -11,13 +11,14 @@ import gc
 import tracemalloc
 from collections.abc import Callable
 
-import fxgraft as fg
 import harness
 import peft
 import subjects
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxgraft as fg
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = 16

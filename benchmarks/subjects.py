@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import fxgraft as fg
 import peft
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
+
+import fxgraft as fg
 
 QUERY_VALUE = ("query", "value")
 ALL_LINEAR = ("query", "key", "value", "dense")  # every linear of a BertModel without pooler
