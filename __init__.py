@@ -3,7 +3,6 @@
 from . import passes
 from .backends.inductor import compile
 from .exporters.checkpoint import load_adapter, save_adapter
-from .passes import pipelines as _pipelines  # fg.passes.pipelines
 from .passes.factors import to_lora
 from .passes.merge import merge
 from .passes.methods import LoRA, UniLoRA

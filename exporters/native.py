@@ -57,7 +57,10 @@ def save_native(adapted: nn.Module, directory: str | os.PathLike[str], name: str
 
 
 def write_folder(
-    directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: dict[str, str]
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str],
 ) -> None:
     """Write config and tensors so that a reader sees both of the old adapter or both of the new one."""
     target = Path(directory)
@@ -127,18 +130,24 @@ def load_native(model: nn.Module, directory: str | os.PathLike[str], name: str =
 
 
 def graft_values(
-    model: nn.Module, spec: Spec, name: str, tensors: Mapping[str, Tensor], what: str,
+    model: nn.Module,
+    spec: Spec,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    what: str,
     sites: Mapping[str, tuple[int, int]] | None = None,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Graft a spec and fill it with values that must fit exactly; in the dtype the values are stored in.
 
     Args:
         tensors: in the names of `adapter_state`.
         what: subject of the error texts.
-        sites: name -> `(out, in)` the adapter was made for, checked against the sites the spec finds here.
+        sites: name -> `(out, in)` the adapter was made for, checked against the sites the spec finds here;
+            its order is the one the adapter's projection was handed out in.
     """
+    order = list(sites or ())
     try:
-        adapted = graft_adapter(model, spec, name, dtype=None, update=None, initialise=False)
+        adapted = graft_adapter(model, spec, name, initialise=False, order=order)
     except (TargetError, SpecError) as error:
         raise CheckpointError(f"{what} does not fit this {type(model).__name__}: {error}") from error
     record = record_of(adapted, name)
@@ -155,7 +164,7 @@ def graft_values(
     expected = adapter_state(adapted, name)
     narrow = {site.dtype for site in record.sites} & {t.dtype for t in tensors.values()} - {torch.float32}
     if len(narrow) == 1:  # saved in the dtype of a bf16 / fp16 base instead of the default float32: keep it so
-        adapted = graft_adapter(model, spec, name, dtype=narrow.pop(), update=None, initialise=False)
+        adapted = graft_adapter(model, spec, name, dtype=narrow.pop(), initialise=False, order=order)
         expected = adapter_state(adapted, name)
     try:
         check_state(expected, tensors, what)
@@ -164,4 +173,3 @@ def graft_values(
     write_state(adapted, name, tensors)
     set_active(adapted, [name])
     return adapted
-

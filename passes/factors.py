@@ -156,9 +156,7 @@ def factored(adapted: nn.Module, name: str = "default") -> nn.Module:
     assert sorted(found) == sorted(order), (found, order)
     spec = Spec(Factors(ranks=tuple(values[n][0].shape[1] for n in found)), targets=spec.targets)
     dtypes = {A.dtype for A, _ in values.values()}
-    twin = graft_adapter(
-        plain, spec, FACTORS, dtype=dtypes.pop() if len(dtypes) == 1 else None, update=None, initialise=False
-    )
+    twin = graft_adapter(plain, spec, FACTORS, dtype=dtypes.pop() if len(dtypes) == 1 else None, initialise=False)
     with torch.no_grad():
         for _, tensors in adapter_modules(twin, FACTORS, record_of(twin, FACTORS)):
             A, B = values[tensors.site.name]  # type: ignore[union-attr]
@@ -185,7 +183,7 @@ def to_lora(adapted: nn.Module, name: str = "default") -> nn.Module:
     spec = Spec(
         LoRA(rank=most, alpha=most), targets=_sites_as_targets(record), train=record.spec.train, overrides=overrides
     )
-    result = graft_adapter(base_of(root), spec, name, dtype=None, update=None, initialise=False)
+    result = graft_adapter(base_of(root), spec, name, initialise=False)
     target_record = record_of(result, name)
     with torch.no_grad():
         for _, tensors in adapter_modules(result, name, target_record):

@@ -68,13 +68,27 @@ def rewrite(model: M, spec: Spec, name: str = "default", *, dtype: torch.dtype |
         raise AdapterError(
             f"rewrite({type(model).__name__}, ...): give an nn.Module, an fx.GraphModule or an ExportedProgram"
         )
-    return graft_adapter(model, spec, name, dtype=dtype, update=update, initialise=True)  # type: ignore[return-value]
+    return graft_adapter(model, spec, name, dtype=dtype, update=update)  # type: ignore[return-value]
 
 
 def graft_adapter(
-    model: nn.Module, spec: Spec, name: str, *, dtype: torch.dtype | None, update: Any, initialise: bool
+    model: nn.Module,
+    spec: Spec,
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    update: Any = None,
+    initialise: bool = True,
+    order: Sequence[str] = (),
 ) -> nn.Module:
-    """`rewrite` for modules. Without `initialise` the trainable and frozen tensors are left for a load to fill."""
+    """`rewrite` for modules.
+
+    Args:
+        initialise: False leaves the trainable and frozen tensors for a load to fill.
+        order: names of sites in the order they count in, where that is not the order of the model's modules: an
+            exported module may list its submodules otherwise, and methods with one projection for all sites
+            (Uni-LoRA) hand it out in order.
+    """
     if dtype is not None and not dtype.is_floating_point:
         raise AdapterError(f"rewrite(dtype={dtype}): adapter tensors are of a floating type")
     source = unwrap(model)
@@ -89,7 +103,7 @@ def graft_adapter(
     if not state.adapters:
         state.trained = frozenset(n for n, p in source.named_parameters() if p.requires_grad)
     modules = dict(base_modules(adapted))
-    groups = _group(resolution)
+    groups = _group(resolution, order)
     for index, group in enumerate(groups):
         _create(adapted, modules, group, index, name, dtype, update, initialise)
     for path in resolution.train:
@@ -99,9 +113,10 @@ def graft_adapter(
     return adapted
 
 
-def _group(resolution: Resolution) -> tuple[Group, ...]:
+def _group(resolution: Resolution, order: Sequence[str]) -> tuple[Group, ...]:
+    position = {name: i for i, name in enumerate(order)}
     by_method: dict[Method, list[Site]] = {}
-    for site, method in resolution.sites:
+    for site, method in sorted(resolution.sites, key=lambda found: position.get(found[0].name, len(position))):
         by_method.setdefault(method, []).append(site)
     return tuple(Group(method, tuple(sites)) for method, sites in by_method.items())
 

@@ -31,7 +31,8 @@ def rewrite_exported(
     if program.example_inputs is None:
         raise CaptureError("this ExportedProgram has no example inputs; make it again with torch.export.export")
     gm = program.module(check_guards=False)
-    adapted = graft_adapter(gm, spec, name, dtype=dtype, update=update, initialise=True)  # type: ignore[arg-type]
+    order = [key.removesuffix(".weight") for key in program.state_dict]  # the original model's order
+    adapted = graft_adapter(gm, spec, name, dtype=dtype, update=update, order=order)  # type: ignore[arg-type]
     args, kwargs = program.example_inputs
     return torch.export.export(
         adapted, args, dict(kwargs), dynamic_shapes=_dynamic_shapes(program, args, kwargs), strict=False

@@ -69,7 +69,9 @@ class LoRA(Method, key="lora"):
             [{"A": Decl((self.rank, s.in_features)), "B": Decl((s.out_features, self.rank))} for s in sites]
         )
 
-    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+    def initialise(
+        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
+    ) -> None:
         for tensors in local:
             torch.nn.init.kaiming_uniform_(tensors["A"], a=math.sqrt(5))
             tensors["B"].zero_()

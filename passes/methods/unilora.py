@@ -155,7 +155,9 @@ class UniLoRA(Method, key="unilora"):
                 target.copy_(flat[start : start + target.numel()].view(target.shape))
                 start += target.numel()
 
-    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+    def initialise(
+        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
+    ) -> None:
         torch.nn.init.uniform_(shared["theta"], -self.init_bound, self.init_bound)
 
     def emit(self, e: Emitter) -> fx.Node:

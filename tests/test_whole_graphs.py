@@ -1,0 +1,106 @@
+"""GraphModule and ExportedProgram in, the same form out."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import perturb
+from torch import fx, nn
+from torch.export import Dim
+
+import fxgraft as fg
+
+METHODS = {"lora": fg.LoRA(rank=3), "unilora": fg.UniLoRA(rank=3, vector_length=60, init_bound=0.5)}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture
+def exported(bert, ids):
+    return torch.export.export(bert, (ids,), dynamic_shapes=({0: Dim("batch"), 1: Dim.AUTO},), strict=False)
+
+
+def test_exported_program(bert, ids, exported, method):
+    keys = list(exported.state_dict)
+    adapted = fg.rewrite(exported, fg.Spec(method, ["query", "dense"]))
+    assert isinstance(adapted, torch.export.ExportedProgram) and list(exported.state_dict) == keys
+    assert set(keys) <= set(adapted.state_dict)
+    nodes = [n for n in adapted.graph.nodes if str(n.target) == f"fxgraft.{method.key}.default"]
+    assert len(nodes) == 9
+    other = torch.randint(3, 90, (5, 12))
+    expected = fg.rewrite(bert, fg.Spec(method, ["query", "dense"]))
+    fg.swap(
+        expected,
+        {
+            k: adapted.state_dict[f"fxgraft_shared.default.{k}" if k == "theta" else _key(k)].detach()
+            for k in fg.adapter_state(expected)
+        },
+    )
+    torch.testing.assert_close(adapted.module()(other).logits, expected(other).logits, rtol=1e-5, atol=1e-6)
+
+
+def _key(name):
+    site, _, tensor = name.rpartition(".")
+    return f"{site}.fxgraft.default.{tensor}"
+
+
+def test_an_exported_graph_module(bert, ids, exported, method):
+    gm = exported.module(check_guards=False)
+    nodes = len(gm.graph.nodes)
+    adapted = perturb(fg.rewrite(gm, fg.Spec(method, ["query", "dense"])))
+    assert isinstance(adapted, fx.GraphModule) and len(gm.graph.nodes) == nodes
+    assert set(bert.state_dict()) - {"bert.embeddings.position_ids"} <= set(adapted.state_dict())
+    out = adapted(ids).logits
+    assert not torch.allclose(out, bert(ids).logits)
+    with fg.disabled(adapted):
+        assert torch.equal(adapted(ids).logits, bert(ids).logits)
+    torch.testing.assert_close(fg.merge(adapted)(ids).logits, out, rtol=1e-5, atol=1e-6)
+    twin = copy.deepcopy(adapted)
+    assert torch.equal(twin(ids).logits, out) and fg.explain(twin).trainable == fg.explain(adapted).trainable
+    assert [n for n, _ in twin.named_parameters()] == [n for n, _ in adapted.named_parameters()]
+
+
+def test_a_symbolically_traced_module(method):
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    gm = fx.symbolic_trace(model)
+    adapted = perturb(fg.rewrite(gm, fg.Spec(method)))
+    x = torch.randn(5, 8)
+    assert isinstance(adapted, fx.GraphModule) and not torch.allclose(adapted(x), model(x))
+    torch.testing.assert_close(fg.merge(adapted)(x), adapted(x))
+    twin = pickle.loads(pickle.dumps(adapted))
+    assert torch.equal(twin(x), adapted(x)) and fg.active(twin) == ["default"]
+
+
+def test_weights_that_are_attributes_of_the_graph():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.weight = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x):
+            return x @ self.inner.weight + 1
+
+    gm = fx.symbolic_trace(Raw())
+    adapted = perturb(fg.rewrite(gm, fg.Spec(fg.LoRA(2), ["inner"])))
+    x = torch.randn(3, 6)
+    assert next(iter(adapted.state_dict())) == "inner.weight" and not torch.allclose(adapted(x), gm(x))
+    torch.testing.assert_close(fg.merge(adapted)(x), adapted(x))
+
+
+def test_a_program_without_example_inputs(exported):
+    exported._example_inputs = None
+    with pytest.raises(fg.CaptureError, match="no example inputs"):
+        fg.rewrite(exported, fg.Spec(fg.LoRA(2), ["query"]))
+
+
+def test_an_adapter_trained_on_the_model_loads_onto_its_exported_graph(bert, ids, exported, method, tmp_path):
+    """The exported module lists its submodules in another order; the projection must not follow it."""
+    trained = perturb(fg.rewrite(bert, fg.Spec(method, ["query", "dense"])))
+    fg.save_adapter(trained, tmp_path)
+    gm = exported.module(check_guards=False)
+    torch.testing.assert_close(fg.load_adapter(gm, tmp_path)(ids).logits, trained(ids).logits, rtol=1e-5, atol=1e-6)
