@@ -153,7 +153,9 @@ class LoRAXS(Method, key="lora_xs"):
     def declare(self, sites: Sequence[Site]) -> Declaration:
         return declare_latent(self, self.rank, sites)
 
-    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+    def initialise(
+        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
+    ) -> None:
         for site, tensors, weight in zip(sites, local, context.weights, strict=True):
             U, S, Vh = truncated_svd(wide_weight(self, site, weight), self.rank)
             tensors["B"].copy_(U)
