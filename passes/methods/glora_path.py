@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...rewriter.errors import SpecError
 
@@ -66,6 +67,11 @@ class GLoRAPath:
     def parameters(self, in_features: int, out_features: int, rank: int, bias: bool = True) -> int:
         """How many parameters train at a site on this path."""
         return sum(torch.Size(s).numel() for s in self.shapes(in_features, out_features, rank, bias).values())
+
+    def take(self, tensors: Mapping[str, Tensor], rank: int, bias: bool = True) -> dict[str, Tensor]:
+        """The entries of a supernet site's tensors that the path uses, as views."""
+        shapes = self.shapes(tensors["Au"].shape[1], tensors["Ad"].shape[0], rank, bias)
+        return {name: tensors[name][tuple(slice(size) for size in shape)] for name, shape in shapes.items()}
 
 
 #: all 432 paths; the first is the maximal one
