@@ -2,10 +2,17 @@
 
 from . import passes
 from .backends.inductor import compile
+from .exporters.adapterfile import export_ort_adapter
 from .exporters.checkpoint import load_adapter, save_adapter
+from .exporters.onnx import OnnxExport, export_onnx
+from .exporters.ort import OrtSession
+from .passes.estimate import estimate_update
+from .passes.experts import suggest_experts
 from .passes.factors import to_lora
 from .passes.merge import merge
-from .passes.methods import LoRA, UniLoRA
+from .passes.methods import GLoRA, GLoRAPath, HydraLoRA, LoRA, LoRASB, LoRAXS, PRoLoRA, UniLoRA
+from .passes.paths import fix_paths
+from .passes.search import search_paths
 from .rewriter.api import active, adapter_state, disabled, remove, rewrite, set_active, swap
 from .rewriter.errors import (
     AdapterError,
@@ -27,8 +34,16 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "FxgraftError",
+    "GLoRA",
+    "GLoRAPath",
+    "HydraLoRA",
     "LoRA",
+    "LoRASB",
+    "LoRAXS",
     "MergeError",
+    "OnnxExport",
+    "OrtSession",
+    "PRoLoRA",
     "Program",
     "Spec",
     "SpecError",
@@ -40,14 +55,20 @@ __all__ = [
     "capture",
     "compile",
     "disabled",
+    "estimate_update",
     "explain",
+    "export_onnx",
+    "export_ort_adapter",
+    "fix_paths",
     "load_adapter",
     "merge",
     "passes",
     "remove",
     "rewrite",
     "save_adapter",
+    "search_paths",
     "set_active",
+    "suggest_experts",
     "swap",
     "to_lora",
 ]

@@ -46,7 +46,12 @@ def test_exclude_takes_blocks_and_names(bert):
 def test_overrides_choose_the_first_matching_pattern(bert):
     spec = fg.Spec(fg.LoRA(2), ["query", "value"], overrides={"layer.0.*": fg.LoRA(3), "query": fg.LoRA(4)})
     ranks = {s.name: m.rank for s, m in resolve(bert, spec).sites}
-    assert [ranks[f"bert.encoder.layer.{i}.attention.self.{n}"] for i in (0, 1) for n in ("query", "value")] == [3, 3, 4, 2]
+    assert [ranks[f"bert.encoder.layer.{i}.attention.self.{n}"] for i in (0, 1) for n in ("query", "value")] == [
+        3,
+        3,
+        4,
+        2,
+    ]
 
 
 def test_all_linear_leaves_the_head_out(bert, llama, gpt2, mlp):

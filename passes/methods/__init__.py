@@ -1,6 +1,12 @@
 """The adapter methods, one file each: config, tensors, initialisation, operator, folding."""
 
+from .glora import GLoRA
+from .glora_path import GLoRAPath
+from .hydralora import HydraLoRA
 from .lora import LoRA
+from .lora_sb import LoRASB
+from .lora_xs import LoRAXS
+from .prolora import PRoLoRA
 from .unilora import UniLoRA
 
-__all__ = ["LoRA", "UniLoRA"]
+__all__ = ["GLoRA", "GLoRAPath", "HydraLoRA", "LoRA", "LoRASB", "LoRAXS", "PRoLoRA", "UniLoRA"]
