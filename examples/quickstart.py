@@ -32,7 +32,6 @@ import torch
 import transformers
 from assets import AssetError, minilm_dir, sarcasm
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
@@ -323,9 +322,9 @@ class Steps:
         self.began = time.perf_counter()
 
 
-def say(text: str) -> None:
-    """One line under a step's title."""
-    console.print(f"  {text}", soft_wrap=True)
+def say(text: str, style: str | None = None) -> None:
+    """One line under a step's title, as it is: a path may hold brackets."""
+    console.print(f"  {text}", style=style, markup=False, soft_wrap=True)
 
 
 def read_headlines(folder: Path, sizes: Sequence[int]) -> list[Headlines]:
@@ -366,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> Figures:
     say(f"headlines: {len(train):,} to train on, {len(validation):,} for validation, {len(test):,} held out")
     for label, word in ((1, "sarcastic"), (0, "serious")):
         example = test.texts[int((test.labels == label).nonzero()[0])]
-        say(f"[dim]{word + ':':<10} {escape(example)}[/dim]")
+        say(f"{word + ':':<10} {example}", style="dim")
 
     step("Baseline: logistic regression on the features of the frozen model")
     frozen, c = frozen_baseline(base, train, validation, test)
