@@ -118,7 +118,9 @@ class HydraLoRA(Method, key="hydralora"):
             ]
         )
 
-    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+    def initialise(
+        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
+    ) -> None:
         for tensors in local:
             torch.nn.init.kaiming_uniform_(tensors["A"], a=math.sqrt(5))
             torch.nn.init.kaiming_uniform_(tensors["router"], a=math.sqrt(5))
@@ -126,7 +128,7 @@ class HydraLoRA(Method, key="hydralora"):
 
     def emit(self, e: Emitter) -> fx.Node:
         if self.dropout and self.per_expert_dropout:
-            training = e.call(getattr, e.module(), "training")
+            training = e.graph.get_attr("training")
             dropped = e.call(expert_dropout, e.x, self.dropout, training, self.experts)
         else:
             dropped = e.dropped(self.dropout)

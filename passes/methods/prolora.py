@@ -44,14 +44,21 @@ def expand(chunk: Tensor, rows: Tensor, length: int) -> Tensor:
     return chunk.index_select(0, rows.flatten()).view(chunk.shape[0], -1).narrow(1, 0, length)
 
 
+#: What the further operators of the chunked way cost, in elements moved: 100 000 is the break-even measured on CPU; a
+#: launch on an accelerator costs a few microseconds, in which it moves millions (an estimate, not measured).
+_DISPATCH = {"cpu": 100_000}
+_DISPATCH_ELSEWHERE = 10_000_000
+
+
 def chunks_are_cheaper(tokens: object, length: int, rows: Tensor) -> bool:
     """The cost rule: whether to leave a factor in chunks (True) or to expand it first (False).
 
     Both ways do the same multiplications, `tokens * q * length`; they differ in what else they move. Expanding writes
     the full factor and the product reads it back: `2 * q * length` elements, once per call. In chunks the rotation is
-    applied to the small side, one row of q numbers per token and copy, written, rotated and read: `3 * tokens * m * q`
-    elements; and where the copies overlap the end, the large side (x padded, or the sum cut) is copied: `2 * tokens *
-    length`. So chunks win for single tokens of wide layers, expanding wins for batches.
+    applied to the small side, q numbers per token and copy, written, rotated and read: `3 * tokens * m * q` elements;
+    where the copies overlap the end, the large side (x padded, or the sum cut) is copied: `2 * tokens * length`; and
+    about five more operators are called (`_DISPATCH`). So chunks win for few tokens of wide layers with many shared
+    ranks, on CPU; expanding wins for batches.
 
     A number of tokens that is not a plain integer is symbolic: a graph for any size must not depend on it, so the
     answer is False, which is never far off (the factor is then a constant of the graph in serving).
@@ -60,7 +67,8 @@ def chunks_are_cheaper(tokens: object, length: int, rows: Tensor) -> bool:
         return False
     q, m = rows.shape
     padded = 0 if length % m == 0 else 2 * tokens * length
-    return 3 * tokens * m * q + padded < 2 * q * length
+    dispatch = _DISPATCH.get(rows.device.type, _DISPATCH_ELSEWHERE)
+    return 3 * tokens * m * q + padded + dispatch < 2 * q * length
 
 
 def _chunked_a(x: Tensor, chunk: Tensor, rows: Tensor) -> Tensor:
@@ -198,7 +206,9 @@ class PRoLoRA(Method, key="prolora"):
             tensors["rows_b"].copy_(rows_b)
             tensors["lengths"].copy_(torch.tensor([site.in_features, site.out_features]))
 
-    def initialise(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext) -> None:
+    def initialise(
+        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
+    ) -> None:
         for site, tensors in zip(sites, local, strict=True):
             if "A_shared" in tensors:
                 bound = 1 / math.sqrt(site.in_features)
