@@ -7,14 +7,15 @@ import sys
 import textwrap
 import warnings
 
-import fxgraft as fg
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MLP
+from conftest import MLP, relative_error
+from torch import nn
+
+import fxgraft as fg
 from fxgraft.passes.estimate import estimate_update
 from fxgraft.passes.methods.lora_sb import LoRASB
-from torch import nn
 
 OPTIONS = {"lr": 0.1, "warmup_ratio": 0.1, "total_steps": 40, "progress": False}
 
@@ -203,6 +204,21 @@ def test_the_result_starts_lora_sb(bert, ids):
     with torch.no_grad():
         before, after = bert(**batch).loss, adapted(**batch).loss
     assert after < before, "one step against the gradient"
+
+
+def test_every_form_of_a_model():
+    model, batches = nn.Sequential(nn.Linear(7, 11), nn.ReLU(), nn.Linear(11, 3)), pairs(4)
+    spec, x = fg.Spec(LoRASB(rank=2), targets=["0", "2"]), batches[0][0]
+    options = {"targets": ["0", "2"], "loss": weighted, "forward": first, "samples": 4, **OPTIONS}
+    plain = estimate_update(model, batches, **options)
+    program = torch.export.export(model, (x,), strict=False)
+    for form in (torch.fx.symbolic_trace(model), program):
+        found = estimate_update(form, batches, **options)
+        assert found.shapes == plain.shapes
+        assert all(torch.equal(found.signs(n), plain.signs(n)) for n in plain.shapes)
+        adapted = fg.rewrite(form, spec, update=found)
+        run = adapted.module() if form is program else adapted
+        assert relative_error(run(x), fg.rewrite(model, spec, update=plain)(x)) < 1e-5
 
 
 # -- nothing is touched ------------------------------------------------------------------------------------------

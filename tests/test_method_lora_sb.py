@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fxgraft as fg
 import pytest
 import torch
 from conftest import perturb, relative_error
+from torch import nn
+
+import fxgraft as fg
 from fxgraft.passes.methods.lora_sb import LoRASB, UpdateEstimate, pack_signs, unpack_signs
 from fxgraft.passes.methods.lora_xs import lora_xs
-from torch import nn
 
 SITES = {"up": (11, 7), "down": (5, 11)}
 

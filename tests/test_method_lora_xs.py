@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-import fxgraft as fg
 import pytest
 import torch
 from conftest import perturb, relative_error
+from torch import nn
+
+import fxgraft as fg
 from fxgraft.passes.methods.lora_sb import LoRASB
 from fxgraft.passes.methods.lora_xs import LoRAXS, lora_xs, truncated_svd
-from torch import nn
 
 OP = torch.ops.fxgraft.lora_xs.default
 
