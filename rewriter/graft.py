@@ -244,12 +244,15 @@ class Emitter:
         node = self._mark(self.graph.get_attr(self.site.bias))
         return node if self.site.whole else self.call(torch.narrow, node, 0, self.site.offset, self.site.out_features)
 
+    def training(self) -> fx.Node:
+        """The owner's mode, as a value: True in training."""
+        return self._mark(self.graph.get_attr("training"))
+
     def dropped(self, p: float) -> fx.Node:
         """The input with dropout `p` in training; the input itself for `p = 0`."""
         if p == 0:
             return self.x
-        training = self._mark(self.graph.get_attr("training"))
-        return self.call(F.dropout, self.x, p, training)
+        return self.call(F.dropout, self.x, p, self.training())
 
     def add(self, delta: fx.Node) -> fx.Node:
         """`y + delta`. The product's result is fresh and has no other reader, so the sum is made in place."""

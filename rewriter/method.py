@@ -6,6 +6,7 @@ arithmetic: capture, graft, merge, checkpoints and exporters go through this int
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ METHODS: dict[str, type[Method]] = {}
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(abc.ABC):
     """Base of the method configs. Subclasses are frozen dataclasses declared with `class X(Method, key="x")`."""
 
     key: ClassVar[str] = ""
@@ -85,23 +86,23 @@ class Method:
         return self
 
     # -- tensors ---------------------------------------------------------------------------------------------------
+    @abc.abstractmethod
     def declare(self, sites: Sequence[Site]) -> Declaration:
         """The tensors for these sites; raises `SpecError` where the config does not fit them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def initialise(
         self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
     ) -> None:
         """Fill the trainable and frozen tensors in place. Not called on the meta device or before a load."""
-        raise NotImplementedError
 
     def derive(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors]) -> None:
         """Fill the derived tensors in place from the config alone. Not called on the meta device."""
 
     # -- graph -----------------------------------------------------------------------------------------------------
+    @abc.abstractmethod
     def emit(self, e: Emitter) -> fx.Node:
         """Insert the dialect node for one site and return the node that replaces the site's output."""
-        raise NotImplementedError
 
     # -- folding ---------------------------------------------------------------------------------------------------
     def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import dataclasses
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ class PassResult:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(abc.ABC):
     """One step. Subclasses are frozen dataclasses whose fields are their options; they implement `run`.
 
     `in_place` says whether `run` edits the program it is given; other passes get a copy of the graph (tensors shared).
@@ -66,8 +67,9 @@ class Pass:
 
     in_place: ClassVar[bool] = True
 
+    @abc.abstractmethod
     def run(self, program: Program) -> PassResult:
-        raise NotImplementedError
+        """Look at the program, rewrite it, and say what was done."""
 
     def __call__(self, program: Program) -> PassResult:
         given = (

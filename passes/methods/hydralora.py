@@ -128,8 +128,7 @@ class HydraLoRA(Method, key="hydralora"):
 
     def emit(self, e: Emitter) -> fx.Node:
         if self.dropout and self.per_expert_dropout:
-            training = e.graph.get_attr("training")
-            dropped = e.call(expert_dropout, e.x, self.dropout, training, self.experts)
+            dropped = e.call(expert_dropout, e.x, self.dropout, e.training(), self.experts)
         else:
             dropped = e.dropped(self.dropout)
         return e.add(e.call(hydralora, e.x, dropped, e.tensor("A"), e.tensor("router"), e.tensor("B"), self.scale))
