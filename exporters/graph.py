@@ -50,8 +50,9 @@ def symbols(
             raise ExportError(f"torch.export renamed input {name!r}; the graph has {sorted(values)}")
         for axis, label in wanted.items():
             size = values[name].shape[axis]
-            if isinstance(size, int):
-                fixed.append((name, axis, label, size))
+            # A specialised size may still be a symbolic integer, with a number for an expression.
+            if isinstance(size, int) or size.node.expr.is_number:
+                fixed.append((name, axis, label, int(size)))
             else:
                 named.setdefault(str(size.node.expr), label)
     return named, fixed

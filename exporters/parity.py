@@ -37,13 +37,16 @@ def tolerance_of(model: torch.nn.Module) -> float:
     return max((TOLERANCES[dtype] for dtype in dtypes), default=TOLERANCES[torch.float32])
 
 
-def reference(model: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def reference(model: torch.nn.Module, inputs: Mapping[str, Any], case: str) -> dict[str, np.ndarray]:
     """The model's named outputs for keyword `inputs`, as arrays on the CPU. Raises `ExportError` if it does not run."""
     try:
         with torch.no_grad():
             output = model(**inputs)
     except Exception as error:  # whatever the model raises on unfit inputs is the caller's to read
-        raise ExportError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
+        raise ExportError(
+            f"the model runs on the example but not on other sizes ({case}): {type(error).__name__}: {error}. "
+            "Fix the axes it cannot change with dynamic_shapes (dynamic_shapes={} fixes every axis)"
+        ) from error
     return {name: array(tensor) for name, tensor in named_tensors(output).items()}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import fxgraft as fg
 import torch
 from torch import nn
+
+import fxgraft as fg
 
 TOLERANCE = 1e-5  # of an output's largest value; float32 over two layers differs by about 3e-7
 

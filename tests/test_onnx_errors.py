@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import fxgraft as fg
 import onnx_models as models
 import pytest
 import torch
+
+import fxgraft as fg
 from fxgraft.exporters import graph, staging
 from fxgraft.exporters.errors import ExportError, ParityError
 from fxgraft.exporters.onnx import export_onnx

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fxgraft as fg
 import numpy as np
 import onnx
 import onnx_models as models
 import pytest
 import torch
+
+import fxgraft as fg
 from fxgraft.exporters.onnx import export_onnx
 from fxgraft.exporters.ort import OrtSession, export_ort_adapter
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import fxgraft as fg
 import numpy as np
 import onnx_models as models
 import onnxruntime
 import pytest
 import torch
+
+import fxgraft as fg
 from fxgraft.exporters.adapterfile import read_adapter
 from fxgraft.exporters.errors import SessionError
 from fxgraft.exporters.onnx import export_onnx
