@@ -210,7 +210,7 @@ class _Trials:
 
     def scored(self) -> list[tuple[Genome, float]]:
         done = self.study.get_trials(deepcopy=False, states=(self._states.COMPLETE,))
-        return [(tuple(t.params[key] for key in self._keys), t.value) for t in done]
+        return [(tuple(t.params[key] for key in self._keys), t.values[0]) for t in done]
 
     def ask(self) -> tuple[Any, Genome]:
         trial = self.study.ask(self._space)

@@ -12,7 +12,7 @@ SPEC = fg.Spec(fg.UniLoRA(rank=4, vector_length=120, init_bound=0.5), ["query", 
 
 
 def oracle(x, theta, counts, index_a, index_b):
-    """The virtual A and B entry by entry, in float64."""
+    """The virtual A and the transposed B entry by entry, in float64."""
     x, theta = x.double(), theta.double()
     A = torch.empty(index_a.shape, dtype=torch.float64)
     B = torch.empty(index_b.shape, dtype=torch.float64)
@@ -21,12 +21,12 @@ def oracle(x, theta, counts, index_a, index_b):
             for j in range(index.shape[1]):
                 k = int(index[i, j])
                 matrix[i, j] = theta[k] / float(counts[k]) ** 0.5
-    return x @ A.T @ B.T
+    return x @ A.T @ B
 
 
 def operands(dtype=torch.float32, d=11, r=3, i=7, o=5):
     index_a = torch.randint(0, d, (r, i), dtype=torch.int32)
-    index_b = torch.randint(0, d, (o, r), dtype=torch.int32)
+    index_b = torch.randint(0, d, (r, o), dtype=torch.int32)
     counts = torch.bincount(torch.cat([index_a.flatten(), index_b.flatten()]), minlength=d).clamp(min=1)
     return torch.randn(2, 4, i, dtype=dtype), torch.randn(d, dtype=dtype), counts.to(torch.uint8), index_a, index_b
 
@@ -85,7 +85,7 @@ def test_a_vector_trained_in_peft_gives_the_same_output(rank, length, seed, targ
         if tensors.site is not None:
             layer = peft.base_model.model.get_submodule(name[:-1])
             assert torch.equal(layer.unilora_indices_A["default"], tensors.index_a.long())
-            assert torch.equal(layer.unilora_indices_B["default"], tensors.index_b.long())
+            assert torch.equal(layer.unilora_indices_B["default"], tensors.index_b.t().long())
 
 
 def test_uniform_sampler_counts_what_is_really_used(bert):

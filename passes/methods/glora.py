@@ -23,7 +23,7 @@ from ...rewriter.errors import MergeError, SpecError
 from ...rewriter.graft import PROVENANCE, Emitter
 from ...rewriter.method import Decl, Declaration, InitContext, Method, Tensors, check_positive_int, check_rank
 from ...rewriter.sites import Site
-from .glora_path import COLUMNS, PATHS, GLoRAPath, path_from_dict
+from .glora_path import COLUMNS, PATHS, GLoRAPath, draw_mask, path_from_dict
 
 TENSORS = ("Ad", "Au", "Bd", "Bu", "Cd", "Cu", "D", "E")
 
@@ -174,14 +174,6 @@ def glora_supernet(x: Tensor, weight: Tensor, bias: Tensor | None, Ad: Tensor, A
     )  # fmt: skip
 
 
-def draw_mask(table: Tensor, path: Tensor, training: bool) -> Tensor:
-    """The choice mask `(12,)` of this forward: a uniform draw in training (fresh at every call, from torch's generator
-    of the device), the row of the set path otherwise. table `(432, 12)`, path `(1,)` int64."""
-    if training:
-        path = torch.randint(0, len(PATHS), (1,), device=path.device)
-    return table.to(path.device).index_select(0, path).squeeze(0)
-
-
 def _untouched(e: Emitter, y: fx.Node) -> bool:
     """Whether y is still the base's product: no adapter before this one has added to this span of it."""
     base = y if e.site.whole else y.args[0]
@@ -192,7 +184,7 @@ def _untouched(e: Emitter, y: fx.Node) -> bool:
         if user is y or user.target is not torch.narrow or PROVENANCE not in user.meta:
             return False
         offset, length = user.args[2], user.args[3]
-        return offset < end and start < offset + length  # type: ignore[operator]
+        return bool(offset < end and start < offset + length)  # type: ignore[operator]
 
     return PROVENANCE not in base.meta and not any(map(written, base.users))
 

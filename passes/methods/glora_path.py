@@ -84,3 +84,11 @@ def path_from_dict(data: Mapping[str, Any]) -> GLoRAPath:
     if set(data) != set(CHOICES):
         raise SpecError(f"a GLoRA path has the keys {list(CHOICES)}, given was {dict(data)!r}")
     return GLoRAPath(**data)
+
+
+def draw_mask(table: Tensor, path: Tensor, training: bool) -> Tensor:
+    """The choice mask `(12,)` of this forward: a uniform draw in training (fresh at every call, from torch's generator
+    of the device), the row of the set path otherwise. table `(432, 12)`, path `(1,)` int64."""
+    if training:
+        path = torch.randint(0, len(PATHS), (1,), device=path.device)
+    return table.to(path.device).index_select(0, path).squeeze(0)

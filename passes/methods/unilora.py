@@ -47,14 +47,15 @@ def gather(scaled: Tensor, index: Tensor) -> Tensor:
 
 @operator("unilora(Tensor x, Tensor theta, Tensor counts, Tensor index_a, Tensor index_b) -> Tensor")
 def unilora(x: Tensor, theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
-    """`x A^T B^T` with A and B gathered from the vector.
+    """`x A^T B^T` with A and B^T gathered from the vector.
 
     x `(..., in)`; theta `(d,)`; counts `(d,)` uses of each entry over the whole model, at least 1; index_a `(r, in)`
-    and index_b `(out, r)` int32 -> `(..., out)` in x's dtype.
+    and index_b `(r, out)` int32 -> `(..., out)` in x's dtype. B is gathered transposed: on a CPU the gradient of a
+    `(out, r)` factor costs several times that of a `(r, out)` one.
     """
     scaled = scale_vector(theta.to(x.device), counts.to(x.device))
     A, B = gather(scaled, index_a), gather(scaled, index_b)
-    return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+    return torch.matmul(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
 def balanced_indices(total: int, length: int, seed: int) -> np.ndarray:
@@ -85,8 +86,8 @@ class UniLoRA(Method, key="unilora"):
         init_bound: the vector starts uniform in ±init_bound.
         dropout: probability, on the adapter's input, in training only.
 
-    Shared tensors: `theta (d,)`, trains. Derived: `counts (d,)`, per site `index_a (r, in)` and `index_b (out, r)`
-    int32, consumed in model order, A before B. There is no alpha; the delta is not zero at the start.
+    Shared tensors: `theta (d,)`, trains. Derived: `counts (d,)`, per site `index_a (r, in)` and `index_b (r, out)`
+    int32, consumed in model order, A `(r, in)` before B `(out, r)`, row by row. There is no alpha; the delta is not zero at the start.
 
     Raises:
         SpecError: a value outside its range, or a vector longer than the virtual parameters.
@@ -128,7 +129,7 @@ class UniLoRA(Method, key="unilora"):
             [
                 {
                     "index_a": Decl((self.rank, s.in_features), "derived", torch.int32),
-                    "index_b": Decl((s.out_features, self.rank), "derived", torch.int32),
+                    "index_b": Decl((self.rank, s.out_features), "derived", torch.int32),
                 }
                 for s in sites
             ],
@@ -150,8 +151,7 @@ class UniLoRA(Method, key="unilora"):
         shared["counts"].copy_(torch.from_numpy(np.maximum(counts, 1)))
         flat, start = torch.from_numpy(indices), 0
         for tensors in local:
-            for name in ("index_a", "index_b"):
-                target = tensors[name]
+            for target in (tensors["index_a"], tensors["index_b"].t()):
                 target.copy_(flat[start : start + target.numel()].view(target.shape))
                 start += target.numel()
 
@@ -174,4 +174,4 @@ class UniLoRA(Method, key="unilora"):
 
     def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
         scaled = scale_vector(shared["theta"], shared["counts"]).to(local["index_a"].device)
-        return gather(scaled, local["index_a"]), gather(scaled, local["index_b"])
+        return gather(scaled, local["index_a"]), gather(scaled, local["index_b"]).t()
