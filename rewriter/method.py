@@ -96,8 +96,8 @@ class Method(abc.ABC):
     ) -> None:
         """Fill the trainable and frozen tensors in place. Not called on the meta device or before a load."""
 
-    def derive(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors]) -> None:
-        """Fill the derived tensors in place from the config alone. Not called on the meta device."""
+    def derive(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors]) -> None:  # noqa: B027
+        """Fill the derived tensors in place from the config alone; few methods have any. Not called on meta."""
 
     # -- graph -----------------------------------------------------------------------------------------------------
     @abc.abstractmethod

@@ -87,7 +87,7 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
         result = copy_skeleton(gm)
     parameters = dict(result.named_parameters(remove_duplicate=False))
     found = find_linears(result.graph, parameters)
-    changed = False
+    outlined: dict[fx.Node, fx.Node] = {}
     for linears in found.values():
         if isinstance(linears, NoMatch):
             continue
@@ -109,12 +109,12 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
         setattr(result.get_submodule(parent), leaf, layer)
         for linear in linears:
             with result.graph.inserting_before(linear.node):
-                call = result.graph.call_module(path, (linear.x,))
+                call = result.graph.call_module(path, (outlined.get(linear.x, linear.x),))
             call.meta.update(linear.node.meta)
             linear.node.replace_all_uses_with(call)
             result.graph.erase_node(linear.node)
-        changed = True
-    if changed:
+            outlined[linear.node] = call
+    if outlined:
         result.graph.eliminate_dead_code()  # the reads of the outlined weights
         result.graph.lint()
     adaptable = AdaptableGraphModule(result, result.graph)

@@ -104,7 +104,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders(bert, ids, saved, damage):
-    adapted, folder = saved
+    _, folder = saved
     harm, says = DAMAGE[damage]
     harm(folder)
     keys, before = list(bert.state_dict()), bert(ids).logits
@@ -130,7 +130,7 @@ def test_an_adapter_of_another_size(bert, saved):
 def test_a_float16_adapter_does_not_enter_a_float32_graph(bert, tmp_path):
     adapted = perturb(fg.rewrite(bert, fg.Spec(fg.LoRA(2), ["query"]), dtype=torch.float16))
     fg.save_adapter(adapted, tmp_path)
-    with pytest.raises(fg.CheckpointError, match="float16, the model's is torch.float32; cast it first"):
+    with pytest.raises(fg.CheckpointError, match=r"float16, the model's is torch.float32; cast it first"):
         fg.load_adapter(bert, tmp_path)
     with pytest.raises(fg.AdapterError, match="cast it first"):
         fg.swap(fg.rewrite(bert, fg.Spec(fg.LoRA(2), ["query"])), fg.adapter_state(adapted))
@@ -150,7 +150,7 @@ def test_nan_is_not_written(bert, tmp_path):
     adapted = fg.rewrite(bert, SPEC)
     with torch.no_grad():
         adapted.classifier.fxgraft.default.bias[0] = float("nan")
-    with pytest.raises(fg.CheckpointError, match="NaN or infinite values in 'classifier.bias'"):
+    with pytest.raises(fg.CheckpointError, match=r"NaN or infinite values in 'classifier.bias'"):
         fg.save_adapter(adapted, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -171,7 +171,7 @@ def test_a_read_only_folder_keeps_what_it_had(bert, saved, monkeypatch):
 
     # root may write anywhere, so the refusal of the file system is put in its place
     monkeypatch.setattr("fxgraft.exporters.native.tempfile.mkdtemp", refuse)
-    with pytest.raises(fg.CheckpointError, match="cannot write to .*Permission denied"):
+    with pytest.raises(fg.CheckpointError, match=r"cannot write to .*Permission denied"):
         fg.save_adapter(perturb(adapted), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 

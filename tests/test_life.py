@@ -72,7 +72,7 @@ def test_trainer(bert, ids, method, tmp_path):
     restored = fg.rewrite(bert, fg.Spec(method, ["query", "value"], train=["classifier"]))
     from safetensors.torch import load_file
 
-    (last,) = [p for p in tmp_path.glob("checkpoint-6/model.safetensors")]
+    (last,) = list(tmp_path.glob("checkpoint-6/model.safetensors"))
     result = restored.load_state_dict(load_file(last), strict=False)
     assert not result.unexpected_keys
     assert torch.equal(restored.eval()(ids).logits, adapted.eval()(ids).logits)

@@ -119,7 +119,7 @@ def test_overflow_is_refused():
     layer = nn.Linear(4, 4).half()
     adapted = fg.rewrite(layer, fg.Spec(fg.LoRA(2)))
     fg.swap(adapted, {"A": torch.full((2, 4), 300.0), "B": torch.full((4, 2), 300.0)})
-    with pytest.raises(fg.MergeError, match="overflows torch.float16"):
+    with pytest.raises(fg.MergeError, match=r"overflows torch.float16"):
         fg.merge(adapted)
 
 

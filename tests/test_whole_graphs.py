@@ -75,6 +75,14 @@ def test_a_symbolically_traced_module(method):
     assert torch.equal(twin(x), adapted(x)) and fg.active(twin) == ["default"]
 
 
+def test_linears_that_follow_each_other(mlp):
+    x = torch.randn(3, 7)
+    gm = torch.export.export(mlp, (x,)).module(check_guards=False)
+    adapted = perturb(fg.rewrite(gm, fg.Spec(fg.LoRA(2), ["up", "down", "head"])))
+    assert not torch.allclose(adapted(x), mlp(x))
+    torch.testing.assert_close(fg.merge(adapted)(x), adapted(x), rtol=1e-5, atol=1e-6)
+
+
 def test_weights_that_are_attributes_of_the_graph():
     class Raw(nn.Module):
         def __init__(self):

@@ -87,7 +87,8 @@ class UniLoRA(Method, key="unilora"):
         dropout: probability, on the adapter's input, in training only.
 
     Shared tensors: `theta (d,)`, trains. Derived: `counts (d,)`, per site `index_a (r, in)` and `index_b (r, out)`
-    int32, consumed in model order, A `(r, in)` before B `(out, r)`, row by row. There is no alpha; the delta is not zero at the start.
+    int32, consumed in model order, A `(r, in)` before B `(out, r)`, row by row. There is no alpha; the delta is
+    not zero at the start.
 
     Raises:
         SpecError: a value outside its range, or a vector longer than the virtual parameters.
