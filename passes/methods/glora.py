@@ -141,7 +141,7 @@ def glora(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, Ad: 
         delta = total * row if shift is None else torch.addcmul(shift, total, row)
     if rows is not None and y is not None:
         scaled = torch.addcmul(y, y, rows) if keep else y * rows
-        return scaled if delta is None else scaled + delta
+        return scaled if delta is None else scaled.add_(delta)  # fresh, and no backward reads it
     if delta is None:
         delta = x.new_zeros(1)
     return delta.expand(*x.shape[:-1], out_features)
