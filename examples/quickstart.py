@@ -8,7 +8,7 @@ frozen. The trained adapter is saved, loaded into the untouched base model, merg
 swappable with the adapter in a file beside it) and run in ONNX Runtime. The last table compares all of these on the
 same held-out headlines, next to a logistic regression on the frozen model's features.
 
-On two CPU cores this takes under five minutes after the first download. Every number printed is measured in the run.
+It is about eight minutes of CPU time after the first download. Every number printed is measured in the run.
 Learning rates, the number of headlines and the epochs were chosen on the validation headlines.
 """
 
