@@ -9,7 +9,7 @@ swappable with the adapter in a file beside it) and run in ONNX Runtime. The las
 same held-out headlines, next to a logistic regression on the frozen model's features.
 
 It is about eight minutes of CPU time after the first download. Every number printed is measured in the run.
-Learning rates, the number of headlines and the epochs were chosen on the validation headlines.
+The learning rates were chosen on validation headlines, the number of headlines and epochs by the time they take.
 """
 
 from __future__ import annotations
