@@ -7,14 +7,24 @@ from pathlib import Path
 
 from torch import nn
 
-from ..rewriter.errors import CheckpointError
-from .native import FORMAT, load_native, read_config, save_native
+from ..rewriter.errors import CheckpointError, SpecError, listing
+from .authors import reader_of
+from .foreign import graft
+from .native import FORMAT, WEIGHTS, load_native, read_config, read_tensors, save_native
+from .peft import save_peft
+from .peft_load import read_peft
 
 FORMATS = ("fxgraft", "peft")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def save_adapter(
-    adapted: nn.Module, directory: str | os.PathLike[str], name: str = "default", format: str = "fxgraft"
+    adapted: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str = "default",
+    format: str = "fxgraft",
+    *,
+    save_indices: bool | None = None,
 ) -> Path:
     """Save one adapter as `adapter_config.json` + `adapter_model.safetensors` and return the folder.
 
@@ -22,25 +32,65 @@ def save_adapter(
 
     Args:
         directory: made if needed; an adapter already there is replaced once the new one is complete.
-        format: `fxgraft` (every method) or `peft` (what HF PEFT can open).
+        format: `fxgraft` (every method) or `peft` (what HF PEFT can open: LoRA, Uni-LoRA and GLoRA).
+        save_indices: for Uni-LoRA in the format `peft`: whether its indices are stored beside the vector. None stores
+            them only where PEFT would not derive the same ones from the seed.
 
     Raises:
         CheckpointError: the folder cannot be written, the values are not finite, or the format cannot hold the method.
     """
-    if format == "fxgraft":
-        return save_native(adapted, directory, name)
-    raise CheckpointError(f"save_adapter(format={format!r}): allowed are {FORMATS}")
+    if format not in FORMATS:
+        raise CheckpointError(f"save_adapter(format={format!r}): allowed are {FORMATS}")
+    if format == "peft":
+        return save_peft(adapted, directory, name, save_indices)
+    if save_indices is not None:
+        raise CheckpointError("save_adapter(save_indices=...) is for format='peft'; fxgraft's own always fits")
+    return save_native(adapted, directory, name)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> nn.Module:
     """Graft a saved adapter and return the adapted model; the input model is not changed.
 
+    Opens fxgraft's own folders, HF PEFT's (LoRA, Uni-LoRA, GLoRA), and those of the authors' code of HydraLoRA,
+    PRoLoRA, LoRA-XS, LoRA-SB, GLoRA and Uni-LoRA, told apart by their keys. Every tensor and every config entry is
+    used or refused; none is ignored.
+
     Raises:
-        CheckpointError: the folder is not an adapter, is damaged, or does not fit this model.
+        CheckpointError: the folder is not an adapter, is damaged, says something that is not supported, or does not
+            fit this model.
     """
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(
+            f"load_adapter({type(model).__name__}, ...): give an nn.Module or an fx.GraphModule; of an ExportedProgram "
+            "that is program.module()"
+        )
     config = read_config(directory)
+    _refuse_pickle(Path(directory))
     if config.get("format") == FORMAT:
         return load_native(model, directory, name)
-    raise CheckpointError(
-        f"{str(directory)!r}: the format of this adapter is not known (keys of its config: {sorted(config)[:12]})"
-    )
+    what = f"the adapter in {str(directory)!r}"
+    known = "method" in config or "peft_type" in config
+    tensors = read_tensors(Path(directory) / WEIGHTS) if known or (Path(directory) / WEIGHTS).is_file() else {}
+    reader = reader_of(config, tensors) or (read_peft if "peft_type" in config else None)
+    if reader is None:
+        raise CheckpointError(
+            f"{str(directory)!r}: the format of this adapter is not known (keys of its config: "
+            f"{listing(sorted(config), 12)}; of its tensors: {listing(sorted(tensors))})"
+        )
+    try:
+        foreign = reader(config, tensors, model, what)
+    except SpecError as error:  # a value in the config that the method does not allow
+        raise CheckpointError(f"{what}: {error}") from error
+    return graft(model, foreign, name, what)
+
+
+def _refuse_pickle(directory: Path) -> None:
+    """A pickle runs code when it is read, so it is not read at all."""
+    if (directory / WEIGHTS).is_file():
+        return
+    if found := sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES):
+        raise CheckpointError(
+            f"{str(directory / found[0])!r} is a pickle, which can run any code when it is opened, and {WEIGHTS} is "
+            "missing. Convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), "
+            f"{WEIGHTS!r})"
+        )

@@ -3,7 +3,7 @@
 All A and B of all sites, flattened and concatenated, are `P theta`. `P (D x d)` has one non-zero per row,
 `1 / sqrt(n_j)`, where `n_j` is how often entry j of the vector is used over the whole model, so `P^T P = I`.
 Only the index of each row is kept (int32, derived from the seed); the scale depends on the index alone and is folded
-into the vector.
+into the vector. Adapters of other programs may bring indices that no seed of ours gives; these are kept as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ...rewriter.method import (
     Declaration,
     InitContext,
     Method,
+    Role,
     Tensors,
     check_dropout,
     check_positive,
@@ -32,7 +33,7 @@ from ...rewriter.method import (
 )
 from ...rewriter.sites import Site
 
-SAMPLERS = ("balanced", "uniform")
+SAMPLERS = ("balanced", "uniform", "stored")
 
 
 def scale_vector(theta: Tensor, counts: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ class UniLoRA(Method, key="unilora"):
             `sum of r * (in + out)` over the sites.
         seed: of the projection. The indices are derived from it and never saved.
         sampler: `balanced` (every entry is used equally often, as HF PEFT and the authors' released adapters) or
-            `uniform` (independent draws, as the paper's text).
+            `uniform` (independent draws, as the paper's text). `stored` is what `load_adapter` gives an adapter that
+            came with its indices: they and the counts are frozen tensors, saved with it, and the seed means nothing.
         init_bound: the vector starts uniform in ±init_bound.
         dropout: probability, on the adapter's input, in training only.
 
@@ -91,7 +93,7 @@ class UniLoRA(Method, key="unilora"):
     not zero at the start.
 
     Raises:
-        SpecError: a value outside its range, or a vector longer than the virtual parameters.
+        SpecError: a value outside its range, a vector longer than the virtual parameters, or `stored` without a load.
     """
 
     rank: int = 4
@@ -125,12 +127,14 @@ class UniLoRA(Method, key="unilora"):
             )
         # independent draws stay far below twice their mean; one byte holds the counts of any usual size
         most = -(-total // self.vector_length) * (1 if self.sampler == "balanced" else 2)
-        counts = Decl((self.vector_length,), "derived", torch.uint8 if most <= 255 else torch.int32)
+        role: Role = "frozen" if self.sampler == "stored" else "derived"
+        small = most <= 255 and self.sampler != "stored"  # stored indices may be as uneven as they like
+        counts = Decl((self.vector_length,), role, torch.uint8 if small else torch.int32)
         return Declaration(
             [
                 {
-                    "index_a": Decl((self.rank, s.in_features), "derived", torch.int32),
-                    "index_b": Decl((self.rank, s.out_features), "derived", torch.int32),
+                    "index_a": Decl((self.rank, s.in_features), role, torch.int32),
+                    "index_b": Decl((self.rank, s.out_features), role, torch.int32),
                 }
                 for s in sites
             ],
@@ -138,6 +142,8 @@ class UniLoRA(Method, key="unilora"):
         )
 
     def derive(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors]) -> None:
+        if self.sampler == "stored":
+            return  # a load fills them
         total = self.virtual(sites)
         if self.sampler == "balanced":
             indices = balanced_indices(total, self.vector_length, self.seed)
@@ -159,6 +165,11 @@ class UniLoRA(Method, key="unilora"):
     def initialise(
         self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
     ) -> None:
+        if self.sampler == "stored":
+            raise SpecError(
+                "UniLoRA(sampler='stored') takes its indices from a checkpoint (load_adapter); a new adapter draws "
+                "them: choose 'balanced' or 'uniform'"
+            )
         torch.nn.init.uniform_(shared["theta"], -self.init_bound, self.init_bound)
 
     def emit(self, e: Emitter) -> fx.Node:
