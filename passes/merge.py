@@ -107,26 +107,36 @@ def _fold_weight(
     assert first is not None
     bias_name = first.bias or "bias"
     base_bias = owner._parameters.get(bias_name)
-    bias = None if base_bias is None else base_bias.detach().to(wide, copy=True)
+    bias = None if base_bias is None else base_bias.detach().to(wide)
     bias_changed = False
-    for name, tensors in adapters:
+    base_weight, base_values = weight.clone() if len(adapters) > 1 else weight, bias
+    if bias is not None:
+        bias = bias.clone()
+    for index, (name, tensors) in enumerate(adapters):
         site = tensors.site
         assert site is not None
         common = tensors.__dict__["shared"]
         shared = {k: _wide(t, wide) for k, t in (common.tensors() if common is not None else {}).items()}
         local = {k: _wide(t, wide) for k, t in tensors.tensors().items()}
         span = slice(site.offset, site.offset + site.out_features)
-        part = site.linear_layout(weight)
-        before = None if bias is None else bias[span]
-        merged, new_bias = tensors.method.fold(part, before, shared, local)
+        # every adapter's delta is of the base, as in the forward pass, not of what was merged before it
+        base_part = site.linear_layout(base_weight)
+        base_bias_part = None if base_values is None else base_values[span]
+        merged, new_bias = tensors.method.fold(base_part, base_bias_part, shared, local)
         if not torch.isfinite(merged).all() or (new_bias is not None and not torch.isfinite(new_bias).all()):
-            where = "the base weight" if not torch.isfinite(part).all() else f"adapter {name!r}"
+            where = "the base weight" if not torch.isfinite(base_part).all() else f"adapter {name!r}"
             raise MergeError(f"{site.name!r}: {where} has NaN or infinite values; nothing was merged")
-        part.copy_(merged)
-        if new_bias is not None and new_bias is not before:
+        part = site.linear_layout(weight)
+        part.copy_(merged if index == 0 else part + (merged - base_part))
+        if new_bias is not None and new_bias is not base_bias_part:
             if bias is None:
+                if bias_name not in owner._parameters:
+                    raise MergeError(
+                        f"{site.name!r}: adapter {name!r} adds a bias, and {type(owner).__name__} has no parameter slot "
+                        f"{bias_name!r} to hold it"
+                    )
                 bias = weight.new_zeros(weight.shape[1 - site.contracted])
-            bias[span] = new_bias
+            bias[span] += new_bias if base_bias_part is None else new_bias - base_bias_part
             bias_changed = True
     for key, value, base in ((attribute, weight, stored), (bias_name, bias if bias_changed else None, base_bias)):
         if value is None:

@@ -55,8 +55,9 @@ class ModelState:
 class Container(nn.Module):
     """A named place for adapter tensors; it computes nothing."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise AdapterError("an adapter's container is not a layer: call the model it was grafted into")
+    def forward(self, x: Any) -> Any:
+        """The input: a root or a trained head that is an `nn.Sequential` calls every child it has."""
+        return x
 
 
 class AdapterTensors(Container):

@@ -249,16 +249,14 @@ def resolve(model: nn.Module, spec: Spec) -> Resolution:
             if isinstance(modules[candidate.owner], nn.Linear):
                 left_out.append(f"{name} ({linear.reason})")
             continue
-        method = spec.method
-        for pattern, other in spec.overrides.items():
-            if matches(name, pattern):
-                method = other
-                used_overrides.add(pattern)
-                break
         weight: Any = modules[candidate.owner]._parameters[candidate.attribute]
-        sites += [(site, method) for site in _make_sites(candidate, linear, weight, target)]
+        for site in _make_sites(candidate, linear, weight, target):
+            # a part of a fused weight answers to its own name, `qkv[0]`, and to the weight's
+            hits = [p for p in spec.overrides if matches(site.name, p) or matches(name, p)]
+            used_overrides.update(hits)
+            sites.append((site, spec.overrides[hits[0]] if hits else spec.method))
     for pattern in spec.overrides:
-        if pattern not in used_overrides and not any(matches(site.name, pattern) for site, _ in sites):
+        if pattern not in used_overrides:
             raise _no_match("override", pattern, [site.name for site, _ in sites])
     if left_out:
         warnings.warn(f"{ALL_LINEAR!r} left out {len(left_out)} layer(s): {'; '.join(left_out[:4])}", stacklevel=3)

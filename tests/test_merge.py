@@ -75,6 +75,31 @@ def _with(adapted, names, ids):
     return out
 
 
+@pytest.mark.parametrize("order", [["lora", "glora"], ["glora", "lora"]])
+def test_stacked_deltas_are_all_of_the_base(mlp, order):
+    """GLoRA's delta depends on the weight: like the forward pass, a merge takes the base's, whatever was added before."""
+    path = fg.GLoRAPath(A="vector", B="lora", C="vector", D="none", E="vector")
+    adapted = perturb(fg.rewrite(mlp, fg.Spec(fg.LoRA(2), ["up", "down"]), name="lora"))
+    adapted = perturb(fg.rewrite(adapted, fg.Spec(fg.GLoRA(2, path), ["up", "down"]), name="glora"))
+    fg.set_active(adapted, order)
+    x = torch.randn(4, 7)
+    torch.testing.assert_close(fg.merge(adapted)(x), adapted(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_without_a_place_is_refused():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x):
+            return x @ self.w
+
+    path = fg.GLoRAPath(A="none", B="none", C="none", D="none", E="vector")
+    with pytest.raises(fg.MergeError, match="no parameter slot 'bias'"):
+        fg.merge(perturb(fg.rewrite(Raw(), fg.Spec(fg.GLoRA(2, path)))))
+
+
 def test_conv1d_and_parts(gpt2, ids, method):
     spec = fg.Spec(method, [fg.Target("c_attn", 3, (0, 2)), "c_proj"])
     adapted = perturb(fg.rewrite(gpt2, spec))

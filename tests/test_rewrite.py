@@ -174,6 +174,20 @@ def test_base_of_is_plain(bert, ids):
     assert storages(plain) == storages(bert) and fg.active(adapted) == ["default"]
 
 
+def test_sequential_roots_and_heads(method):
+    """`nn.Sequential` calls every child it has, the adapters' containers too."""
+    head = nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 3))
+    model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 12), head)
+    x = torch.randn(5, 20)
+    adapted = perturb(fg.rewrite(model, fg.Spec(method, ["0", "2"], exclude="3.*", train=["3"])))
+    out = adapted(x)
+    assert not torch.allclose(out, model(x))
+    torch.testing.assert_close(fg.merge(adapted)(x), out, rtol=1e-5, atol=1e-6)
+    with fg.disabled(adapted):
+        assert torch.equal(adapted(x), model(x))
+    torch.testing.assert_close(copy.deepcopy(adapted)(x), out)
+
+
 def test_fused_layers_of_torch_nn_do_not_skip_adapters():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()

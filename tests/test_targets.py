@@ -90,6 +90,13 @@ def test_parts_of_a_fused_weight(gpt2):
     assert {(s.in_features, s.out_features) for s in sites} == {(32, 32)} and sites[1].offset == 64
 
 
+def test_parts_have_names_for_overrides(gpt2):
+    target = fg.Target("c_attn", parts=3, select=(0, 2))
+    spec = fg.Spec(fg.LoRA(2), [target], overrides={"re:.*c_attn\\[2\\]": fg.LoRA(3), "h.1.*": fg.LoRA(4)})
+    ranks = {s.name.removeprefix("transformer.h."): m.rank for s, m in resolve(gpt2, spec).sites}
+    assert ranks == {"0.attn.c_attn[0]": 2, "0.attn.c_attn[2]": 3, "1.attn.c_attn[0]": 4, "1.attn.c_attn[2]": 3}
+
+
 class Odd(nn.Module):
     def __init__(self):
         super().__init__()
