@@ -6,12 +6,14 @@ from .exporters.adapterfile import export_ort_adapter
 from .exporters.checkpoint import load_adapter, save_adapter
 from .exporters.onnx import OnnxExport, export_onnx
 from .exporters.ort import OrtSession
+from .passes.analysis import lora_breakdown
 from .passes.estimate import estimate_update
 from .passes.experts import suggest_experts
 from .passes.factors import to_lora
 from .passes.merge import merge
 from .passes.methods import GLoRA, GLoRAPath, HydraLoRA, LoRA, LoRASB, LoRAXS, PRoLoRA, UniLoRA
-from .passes.paths import fix_paths
+from .passes.methods.lora_sb import UpdateEstimate
+from .passes.paths import fix_paths, get_paths, set_paths
 from .passes.search import search_paths
 from .rewriter.api import active, adapter_state, disabled, remove, rewrite, set_active, swap
 from .rewriter.errors import (
@@ -50,6 +52,7 @@ __all__ = [
     "Target",
     "TargetError",
     "UniLoRA",
+    "UpdateEstimate",
     "active",
     "adapter_state",
     "capture",
@@ -60,7 +63,9 @@ __all__ = [
     "export_onnx",
     "export_ort_adapter",
     "fix_paths",
+    "get_paths",
     "load_adapter",
+    "lora_breakdown",
     "merge",
     "passes",
     "remove",
@@ -68,6 +73,7 @@ __all__ = [
     "save_adapter",
     "search_paths",
     "set_active",
+    "set_paths",
     "suggest_experts",
     "swap",
     "to_lora",
