@@ -110,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--train-size", type=positive, default=4000, help="headlines to train on")
+    add("--train-size", type=positive, default=3200, help="headlines to train on")
     add("--validation-size", type=positive, default=500, help="headlines for choosing hyperparameters")
     add("--test-size", type=positive, default=1000, help="held-out headlines that every variant is scored on")
     add("--epochs", type=positive, default=2, help="passes over the training headlines")
