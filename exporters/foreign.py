@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.methods.unilora import UniLoRA
-from ..rewriter.api import adapter_state, check_state, graft_adapter, set_active, write_state
+from ..rewriter.api import adapter_state, check_state, graft_adapter, write_state
 from ..rewriter.errors import AdapterError, CheckpointError, SpecError, TargetError, listing, near_misses
 from ..rewriter.method import Method
 from ..rewriter.spec import Spec
@@ -161,7 +161,6 @@ def graft(model: nn.Module, foreign: Foreign, name: str, what: str) -> nn.Module
     if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
         raise CheckpointError(f"{what} has NaN or infinite values in {listing(bad)}")
     write_state(adapted, name, tensors)
-    set_active(adapted, [name])
     return adapted
 
 

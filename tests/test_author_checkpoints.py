@@ -256,6 +256,10 @@ def test_glora(net, x, tmp_path, up):
 
     loaded = check(net, x, tmp_path / "a", run(net, x, layer), fg.GLoRA)
     torch.testing.assert_close(fg.merge(loaded)(x), run(net, x, layer), rtol=1e-6, atol=1e-6)
+    if PATHS[up]["A"] == "LoRA_2":  # beside a B of rank 3: the third rank of A is empty on both sides, and stays so
+        state = fg.adapter_state(loaded, "theirs")
+        assert not state["layers.up.Ad"][:, 2:].any() and not state["layers.up.Au"][2:].any()
+        assert state["layers.up.Ad"].shape == (11, 3)
 
 
 def test_glora_that_stores_only_what_its_path_reads(net, x, tmp_path):

@@ -77,7 +77,7 @@ def _with(adapted, names, ids):
 
 @pytest.mark.parametrize("order", [["lora", "glora"], ["glora", "lora"]])
 def test_stacked_deltas_are_all_of_the_base(mlp, order):
-    """GLoRA's delta depends on the weight: like the forward pass, a merge takes the base's, whatever was added before."""
+    """GLoRA reads the weight: like the forward pass, a merge hands it the base's, whatever was added before."""
     path = fg.GLoRAPath(A="vector", B="lora", C="vector", D="none", E="vector")
     adapted = perturb(fg.rewrite(mlp, fg.Spec(fg.LoRA(2), ["up", "down"]), name="lora"))
     adapted = perturb(fg.rewrite(adapted, fg.Spec(fg.GLoRA(2, path), ["up", "down"]), name="glora"))

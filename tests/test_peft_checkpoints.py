@@ -29,6 +29,23 @@ class Nested(nn.Module):
         return self.head(self.block["proj"](torch.relu(self.proj(x))))
 
 
+class Mixture(nn.Module):
+    """Numbers inside numbers: `model.layers.0.experts.1.proj`."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [
+            nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(6, 6)}) for _ in range(2)])})
+            for _ in range(2)
+        ]
+        self.model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+
+    def forward(self, x):
+        for layer in self.model["layers"]:
+            x = sum(torch.tanh(expert["proj"](x)) for expert in layer["experts"])
+        return x
+
+
 @pytest.fixture
 def models(bert, llama, gpt2, ids):
     """Name -> model and a call that returns one output tensor."""
@@ -41,6 +58,7 @@ def models(bert, llama, gpt2, ids):
         "llama": (llama, lambda m: m(ids).logits),
         "gpt2": (gpt2, lambda m: m(ids).logits),
         "nested": (Nested().eval(), lambda m: m(vectors)),
+        "mixture": (Mixture().eval(), lambda m: m(vectors)),
     }
 
 
@@ -85,7 +103,7 @@ OUT = {
     "lora on Conv1D": ("gpt2", fg.Spec(fg.LoRA(2), ["c_attn", "mlp.c_fc"])),
     "all linear": ("llama", fg.Spec(fg.LoRA(2))),
     "one of two names with one ending": ("nested", fg.Spec(fg.LoRA(2), ["re:proj"])),
-    "ranks of two names with one ending": ("nested", fg.Spec(fg.LoRA(2), ["proj"], overrides={"re:proj": fg.LoRA(3)})),
+    "ranks of two names with one ending": ("nested", fg.Spec(fg.LoRA(2), ["proj", "head"], overrides={"re:proj": fg.LoRA(3)})),
     "unilora": ("bert", fg.Spec(fg.UniLoRA(4, 100, init_bound=0.3), QV, train=["classifier"])),
     "unilora, another seed and a remainder": ("bert", fg.Spec(fg.UniLoRA(3, 97, seed=7, init_bound=0.3), ["dense"])),
     "unilora on Conv1D": ("gpt2", fg.Spec(fg.UniLoRA(2, 50, init_bound=0.3), ["c_attn", "c_proj"])),
@@ -267,6 +285,13 @@ IN = {
         "bert", lambda: unilora(target_modules=QV, layers_to_transform=0, layers_pattern=["block", "layer"])),
     "unilora, head inside the targets": (
         "bert", lambda: unilora(target_modules=["dense"], modules_to_save=["pooler"])),
+    "unilora, layers that hold numbered experts": (
+        "mixture", lambda: unilora(target_modules=["proj"], layers_to_transform=[0])),
+    "unilora, layers of a pattern that hold experts": (
+        "mixture", lambda: unilora(target_modules=["proj"], layers_to_transform=[1], layers_pattern=["layers"])),
+    "unilora, a full name beside chosen layers": (
+        "mixture",
+        lambda: unilora(target_modules=["model.layers.0.experts.1.proj", "1.proj"], layers_to_transform=[1])),
     "unilora with indices": ("bert", lambda: unilora(target_modules=QV, save_indices=True)),
     "unilora with indices and a head": (
         "bert", lambda: unilora(target_modules=QV, save_indices=True, modules_to_save=["classifier"])),
@@ -312,6 +337,30 @@ def test_we_open_what_peft_saves(models, tmp_path, case):
     fg.save_adapter(loaded, tmp_path / "back", name="theirs", format="peft", **options)
     ours, theirs = load_file(tmp_path / "back" / WEIGHTS), load_file(tmp_path / WEIGHTS)
     assert set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("which", "task"), [("bert", "SEQ_CLS"), ("bert", None), ("llama", "CAUSAL_LM")])
+def test_all_linear_as_a_word(models, tmp_path, which, task):
+    """PEFT writes out the names it found; who writes the word means the same layers."""
+    model, call = models[which]
+    trained = trained_in_peft(model, unilora(target_modules="all-linear", task_type=task), tmp_path)
+    names = set(json.loads((tmp_path / CONFIG).read_text())["target_modules"])
+    edit(tmp_path, target_modules="all-linear")
+    loaded = fg.load_adapter(model, tmp_path)
+    assert {site.name for site in fg.rewriter.state.record_of(loaded, "default").sites} == names
+    torch.testing.assert_close(call(loaded), call(trained), rtol=1e-5, atol=1e-5)
+
+
+def test_indices_handed_out_in_another_order(bert, ids, tmp_path):
+    """An exported module may list its sites otherwise; PEFT then needs the indices themselves."""
+    spec = fg.Spec(fg.UniLoRA(4, 100, init_bound=0.3), QV)
+    names = [s.name for s in fg.rewriter.state.record_of(fg.rewrite(bert, spec), "default").sites]
+    adapted = fg.rewriter.api.graft_adapter(bert, spec, "default", order=names[::-1])
+    fg.save_adapter(adapted, tmp_path, format="peft")
+    assert json.loads((tmp_path / CONFIG).read_text())["save_indices"] is True
+    torch.testing.assert_close(open_in_peft(bert, tmp_path)(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fg.load_adapter(bert, tmp_path)(ids).logits, adapted(ids).logits)
 
 
 def test_a_half_precision_adapter_is_widened(bert, ids, tmp_path):
