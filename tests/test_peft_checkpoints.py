@@ -103,7 +103,9 @@ OUT = {
     "lora on Conv1D": ("gpt2", fg.Spec(fg.LoRA(2), ["c_attn", "mlp.c_fc"])),
     "all linear": ("llama", fg.Spec(fg.LoRA(2))),
     "one of two names with one ending": ("nested", fg.Spec(fg.LoRA(2), ["re:proj"])),
-    "ranks of two names with one ending": ("nested", fg.Spec(fg.LoRA(2), ["proj", "head"], overrides={"re:proj": fg.LoRA(3)})),
+    "ranks of two names with one ending": (
+        "nested", fg.Spec(fg.LoRA(2), ["proj", "head"], overrides={"re:proj": fg.LoRA(3)}),
+    ),
     "unilora": ("bert", fg.Spec(fg.UniLoRA(4, 100, init_bound=0.3), QV, train=["classifier"])),
     "unilora, another seed and a remainder": ("bert", fg.Spec(fg.UniLoRA(3, 97, seed=7, init_bound=0.3), ["dense"])),
     "unilora on Conv1D": ("gpt2", fg.Spec(fg.UniLoRA(2, 50, init_bound=0.3), ["c_attn", "c_proj"])),
@@ -344,7 +346,8 @@ def test_we_open_what_peft_saves(models, tmp_path, case):
 def test_all_linear_as_a_word(models, tmp_path, which, task):
     """PEFT writes out the names it found; who writes the word means the same layers."""
     model, call = models[which]
-    trained = trained_in_peft(model, unilora(target_modules="all-linear", task_type=task), tmp_path)
+    config = peft.UniLoraConfig(r=2, theta_d_length=70, target_modules="all-linear", task_type=task)
+    trained = trained_in_peft(model, config, tmp_path)
     names = set(json.loads((tmp_path / CONFIG).read_text())["target_modules"])
     edit(tmp_path, target_modules="all-linear")
     loaded = fg.load_adapter(model, tmp_path)
