@@ -162,7 +162,9 @@ def graft_values(
             + (f" {'; '.join(differing[:4])}" if differing else "")
         )
     expected = adapter_state(adapted, name)
-    narrow = {site.dtype for site in record.sites} & {t.dtype for t in tensors.values()} - {torch.float32}
+    heads = tuple(f"{path}." for path in record.train)  # these have the base's dtype whatever the adapter's is
+    own = {t.dtype for key, t in tensors.items() if not key.startswith(heads)}
+    narrow = {site.dtype for site in record.sites} & own - {torch.float32}
     if len(narrow) == 1:  # saved in the dtype of a bf16 / fp16 base instead of the default float32: keep it so
         adapted = graft_adapter(model, spec, name, dtype=narrow.pop(), initialise=False, order=order)
         expected = adapter_state(adapted, name)

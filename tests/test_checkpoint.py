@@ -139,10 +139,11 @@ def test_a_float16_adapter_does_not_enter_a_float32_graph(bert, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dtype_on_a_bf16_base_is_kept(llama, ids, tmp_path, dtype):
     llama = llama.to(torch.bfloat16)
-    adapted = perturb(fg.rewrite(llama, fg.Spec(fg.LoRA(2), ["q_proj"]), dtype=dtype))
+    spec = fg.Spec(fg.LoRA(2), ["q_proj"], train=["layers.1.mlp.gate_proj"])
+    adapted = perturb(fg.rewrite(llama, spec, dtype=dtype))
     fg.save_adapter(adapted, tmp_path)
     loaded = fg.load_adapter(llama, tmp_path)
-    assert {t.dtype for t in fg.adapter_state(loaded).values()} == {dtype}
+    assert {t.dtype for k, t in fg.adapter_state(loaded).items() if "q_proj" in k} == {dtype}
     assert torch.equal(loaded(ids).logits, adapted(ids).logits)
 
 
