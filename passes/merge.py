@@ -132,8 +132,8 @@ def _fold_weight(
             if bias is None:
                 if bias_name not in owner._parameters:
                     raise MergeError(
-                        f"{site.name!r}: adapter {name!r} adds a bias, and {type(owner).__name__} has no parameter slot "
-                        f"{bias_name!r} to hold it"
+                        f"{site.name!r}: adapter {name!r} adds a bias, and {type(owner).__name__} has no parameter "
+                        f"slot {bias_name!r} to hold it"
                     )
                 bias = weight.new_zeros(weight.shape[1 - site.contracted])
             bias[span] += new_bias if base_bias_part is None else new_bias - base_bias_part

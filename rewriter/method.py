@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -161,12 +162,21 @@ def check_dropout(config: Method, dropout: Any) -> None:
         raise SpecError(f"{type(config).__name__}(dropout={dropout!r}): allowed are probabilities from 0 up to below 1")
 
 
-def check_rank(config: Method, rank: int, sites: Sequence[Site]) -> None:
-    """A rank above `min(in, out)` adds parameters and no expressiveness: refuse it."""
-    for site in sites:
-        if rank > min(site.in_features, site.out_features):
-            raise SpecError(
-                f"{type(config).__name__}(rank={rank}): site {site.name!r} is {site.out_features} x {site.in_features} "
-                f"(out x in), so its rank is at most {min(site.in_features, site.out_features)}; "
-                "lower the rank, exclude the site, or give it an override"
-            )
+def check_rank(config: Method, rank: int, sites: Sequence[Site], *, strict: bool = False) -> None:
+    """A rank above `min(in, out)` adds parameters and no expressiveness: warn, as such adapters exist and must load.
+
+    Args:
+        strict: for methods whose factors come from an SVD and cannot have more columns: raise `SpecError`.
+    """
+    above = [site for site in sites if rank > min(site.in_features, site.out_features)]
+    if not above:
+        return
+    site = above[0]
+    text = (
+        f"{type(config).__name__}(rank={rank}): {len(above)} site(s) are smaller than the rank, such as {site.name!r} "
+        f"with {site.out_features} x {site.in_features} (out x in), whose rank is at most "
+        f"{min(site.in_features, site.out_features)}; lower the rank, exclude the site, or give it an override"
+    )
+    if strict:
+        raise SpecError(text)
+    warnings.warn(text, stacklevel=6)

@@ -96,7 +96,7 @@ def test_a_bias_without_a_place_is_refused():
             return x @ self.w
 
     path = fg.GLoRAPath(A="none", B="none", C="none", D="none", E="vector")
-    with pytest.raises(fg.MergeError, match="no parameter slot 'bias'"):
+    with pytest.raises(fg.MergeError, match="slot 'bias'"):
         fg.merge(perturb(fg.rewrite(Raw(), fg.Spec(fg.GLoRA(2, path)))))
 
 

@@ -195,7 +195,7 @@ class GLoRA(Method, key="glora"):
     """GLoRA (arXiv 2306.07967).
 
     Args:
-        rank: `r` of A, B and C, at most `min(in, out)` of every site.
+        rank: `r` of A, B and C, of use up to `min(in, out)` of a site.
         path: what each support tensor is (a `GLoRAPath`, or its dict from JSON). None is the supernet: in training
             every site draws one of the 432 paths at every forward, in eval it takes the path `set_paths` gave it,
             at first the maximal one, all low-rank and vectors.
@@ -208,7 +208,7 @@ class GLoRA(Method, key="glora"):
     The supernet costs what a low-rank A costs at every forward, whatever is drawn: a full weight-gradient product.
 
     Raises:
-        SpecError: a value outside its range, a rank above what a site allows, a base weight that is not floating.
+        SpecError: a value outside its range, or a base weight that is not floating.
     """
 
     not_low_rank: ClassVar[str | None] = (
@@ -230,7 +230,8 @@ class GLoRA(Method, key="glora"):
         return path.shapes(site.in_features, site.out_features, self.rank, site.bias is not None)
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
-        check_rank(self, self.rank, sites)
+        if self.path is None or "lora" in (self.path.A, self.path.B, self.path.C):
+            check_rank(self, self.rank, sites)
         for site in sites:
             if not site.dtype.is_floating_point:
                 raise SpecError(f"GLoRA multiplies the weight elementwise, and that of {site.name!r} is {site.dtype}: "

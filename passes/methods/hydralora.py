@@ -69,7 +69,7 @@ class HydraLoRA(Method, key="hydralora"):
     """HydraLoRA (arXiv 2404.19245).
 
     Args:
-        rank: `r`, at most `min(in, out)` of every site.
+        rank: `r`, of use up to `min(in, out)` of a site.
         experts: `N`, from 2 up; `suggest_experts` proposes one from the training texts.
         alpha: the delta is scaled by `alpha / rank`.
         dropout: probability, on the input of A (not of the router), in training only.
@@ -80,7 +80,7 @@ class HydraLoRA(Method, key="hydralora"):
     the experts one under the other, each transposed: `B_i = B[i * r : (i + 1) * r].T`. Starts as a no-op.
 
     Raises:
-        SpecError: a value outside its range, or a rank above what a site allows.
+        SpecError: a value outside its range.
     """
 
     unmergeable: ClassVar[str | None] = _INPUT_DEPENDENT

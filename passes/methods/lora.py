@@ -49,7 +49,7 @@ class LoRA(Method, key="lora"):
     """LoRA (arXiv 2106.09685).
 
     Args:
-        rank: `r`, at most `min(in, out)` of every site.
+        rank: `r`, of use up to `min(in, out)` of a site.
         alpha: the delta is scaled by `alpha / rank`.
         dropout: probability, on the adapter's input, in training only.
         rslora: scale by `alpha / sqrt(rank)` instead (rank-stabilised LoRA, arXiv 2312.03732, section 3).
@@ -57,7 +57,7 @@ class LoRA(Method, key="lora"):
     Tensors per site: `A (rank, in)` uniform in ±1/sqrt(in), `B (out, rank)` zero; both train. Starts as a no-op.
 
     Raises:
-        SpecError: a value outside its range, or a rank above what a site allows.
+        SpecError: a value outside its range.
     """
 
     rank: int = 8

@@ -46,7 +46,7 @@ def lora_xs(x: Tensor, A: Tensor, B: Tensor, R: Tensor, scale: float) -> Tensor:
 
 def declare_latent(config: Method, rank: int, sites: Sequence[Site]) -> Declaration:
     """`A (r, in)` and `B (out, r)` frozen, `R (r, r)` trained, at every site."""
-    check_rank(config, rank, sites)
+    check_rank(config, rank, sites, strict=True)
     return Declaration(
         [
             {

@@ -128,7 +128,7 @@ class PRoLoRA(Method, key="prolora"):
     """PRoLoRA (arXiv 2402.16902).
 
     Args:
-        rank: `r`, at most `min(in, out)` of every site.
+        rank: `r`, of use up to `min(in, out)` of a site.
         unshared: `u`, how many of the ranks are plain LoRA; from 0 to `rank` (then it is LoRA).
         a_chunks, b_chunks: `m` and `n`, how often A's and B's chunk is repeated; they need not divide the dimension.
         alpha: the delta is scaled by `alpha / rank`, with the full rank.
@@ -140,7 +140,7 @@ class PRoLoRA(Method, key="prolora"):
     out. Derived: `rows_a (q, m)`, `rows_b (q, n)`, int64; `lengths (2,)`, int64, in and out. Starts as a no-op.
 
     Raises:
-        SpecError: a value outside its range, a rank above what a site allows, more chunks than a site has features.
+        SpecError: a value outside its range, or more chunks than a site has features.
     """
 
     rank: int = 8
