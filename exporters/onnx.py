@@ -240,8 +240,8 @@ def _verify(
     for label, tensors, step in cases:
         feeds = {key: array(tensor) for key, tensor in tensors.items()}
         for case, truth, factor_feeds in plan.runs(step):
-            sizes = ", ".join(f"{key} {'x'.join(map(str, tensor.shape))}" for key, tensor in tensors.items())
-            expected = reference(truth, {**tensors, **example.constants}, sizes)
+            shapes = ", ".join(f"{key} {'x'.join(map(str, tensor.shape))}" for key, tensor in tensors.items())
+            expected = reference(truth, {**tensors, **example.constants}, shapes)
             checks.append(compare(session, f"{label}, {case}", feeds, expected, limit, factor_feeds))
     return checks
 

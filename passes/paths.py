@@ -1,6 +1,6 @@
 """A GLoRA supernet's paths: set them for evaluation, or fix them for good.
 
-    supernet, {site: path}  ->  the same model with every site on its path, and only that path's parameters
+supernet, {site: path}  ->  the same model with every site on its path, and only that path's parameters
 """
 
 from __future__ import annotations

@@ -131,9 +131,7 @@ def _check(generations: int, population: int, top: int, mutations: int, crossove
         if not isinstance(value, int) or value < 1:
             raise AdapterError(f"search_paths({what}={value!r}): allowed are whole numbers from 1 up")
     if min(mutations, crossovers) < 0 or mutations + crossovers > population:
-        raise AdapterError(
-            f"search_paths({mutations=}, {crossovers=}): together at most the population, {population}"
-        )
+        raise AdapterError(f"search_paths({mutations=}, {crossovers=}): together at most the population, {population}")
     if not 0 < p <= 1:
         raise AdapterError(f"search_paths(p={p!r}): allowed are probabilities above 0 up to 1")
     if low < 0 or (high is not None and high < low):

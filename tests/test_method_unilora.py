@@ -96,9 +96,7 @@ def test_uniform_sampler_counts_what_is_really_used(bert):
         for site in (layer.attention.self.query, layer.attention.self.value):
             for index in (site.fxgraft.default.index_a, site.fxgraft.default.index_b):
                 used += torch.bincount(index.flatten(), minlength=900)
-    assert (used == 0).any() and used.sum() == method.virtual(
-        fg.rewriter.state.record_of(adapted, "default").sites
-    )
+    assert (used == 0).any() and used.sum() == method.virtual(fg.rewriter.state.record_of(adapted, "default").sites)
     assert torch.equal(adapted.fxgraft_shared.default.counts.long(), used.clamp(min=1))
     adapted(torch.zeros(2, 3, dtype=torch.long)).logits.sum().backward()
     gradient = adapted.fxgraft_shared.default.theta.grad
