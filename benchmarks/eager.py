@@ -42,6 +42,12 @@ def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0], rounds=60, quick_rounds=3)
     parser.add_argument("--targets", choices=("qv", "all", "both"), default="both", help="which linears get an adapter")
     parser.add_argument("--what", choices=("forward", "training", "both"), default="both", help="what is timed")
+    parser.add_argument(
+        "--methods",
+        choices=("lora", "structured"),
+        default="lora",
+        help="LoRA and Uni-LoRA, or the other methods with PEFT's GLoRA",
+    )
     options = parser.parse_args()
     report = harness.start("eager", options)
 
@@ -51,7 +57,10 @@ def main() -> None:
     for name, targets in (("query, value", subjects.QUERY_VALUE), ("all linears", subjects.ALL_LINEAR)):
         if options.targets not in ("both", "qv" if targets is subjects.QUERY_VALUE else "all"):
             continue
-        adapted = subjects.adapters(base, targets, 4096 if options.quick else subjects.UNILORA_LENGTH)
+        if options.methods == "structured":
+            adapted = subjects.structured(base, targets)
+        else:
+            adapted = subjects.adapters(base, targets, 4096 if options.quick else subjects.UNILORA_LENGTH)
         for shape in shapes:
             where = f"BERT, {layers} layers, {width} wide, {shape[0]} x {shape[1]}, adapters on {name}"
             if options.what != "training":

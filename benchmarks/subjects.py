@@ -59,6 +59,27 @@ def peft_model(base: nn.Module, config: Any, **options: Any) -> nn.Module:
         return peft.get_peft_model(base, config, **options)
 
 
+#: the methods beside LoRA and Uni-LoRA; GLoRA by its paths, since they cost differently
+STRUCTURED = {
+    "fxgraft LoRA-XS r32": fg.LoRAXS(rank=32),
+    "fxgraft PRoLoRA r8": fg.PRoLoRA(rank=8, unshared=1, a_chunks=7, b_chunks=7),
+    "fxgraft HydraLoRA r4 N3": fg.HydraLoRA(rank=4, experts=3),
+    "fxgraft GLoRA, A low-rank": fg.GLoRA(4, fg.GLoRAPath(A="lora", B="lora", C="lora", D="vector", E="vector")),
+    "fxgraft GLoRA, A by rows": fg.GLoRA(4, fg.GLoRAPath(A="vector", B="lora", C="lora", D="vector", E="vector")),
+    "fxgraft GLoRA supernet": fg.GLoRA(4),
+}
+
+
+def structured(base: nn.Module, targets: tuple[str, ...]) -> list[Subject]:
+    """The other methods, and PEFT's GLoRA. LoRA-SB is LoRA-XS's operator with other values."""
+    subjects = [
+        Subject(name, fg.rewrite(copy.deepcopy(base), fg.Spec(method, targets=list(targets))).eval())
+        for name, method in STRUCTURED.items()
+    ]
+    glora = peft_model(copy.deepcopy(base), peft.GloraConfig(r=4, target_modules=list(targets))).eval()
+    return [*subjects, Subject("PEFT GLoRA", glora)]
+
+
 def adapters(base: nn.Module, targets: tuple[str, ...], length: int = UNILORA_LENGTH) -> list[Subject]:
     """Both methods in both libraries, each on its own copy of the base: shared weights would favour the second caller
     of a pair, which finds them in the cache."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import linecache
-import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .capture import trace
+from .dialect import eager_form
 from .errors import CaptureError
 from .method import Method
 from .sites import NoMatch, Site, find_linears
@@ -183,12 +183,24 @@ def _retrained_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def _compile(graph: fx.Graph, name: str) -> Any:
     """The graph as a Python function, with its source where tracebacks find it."""
-    code = graph.python_code("self")
+    code = eager_form(graph).python_code("self")
     file = f"<fxgraft Grafted{name}.{next(_sources)}>"
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)
     namespace = dict(code.globals)
     exec(compile(code.src, file, "exec"), namespace)
     return namespace["forward"]
+
+
+def add_delta(y: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """`y + delta` for a product's fresh result that nobody else reads: in place where no gradient flows.
+
+    In training the sum is a new tensor: a linear's result is a view of a 2-d product, and autograd pays for a write
+    into a view with a copy of the gradient.
+    """
+    if y.requires_grad or delta.requires_grad:
+        return y + delta
+    y += delta
+    return y
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------
@@ -255,9 +267,9 @@ class Emitter:
         return self.call(F.dropout, self.x, p, self.training())
 
     def add(self, delta: fx.Node) -> fx.Node:
-        """`y + delta`. The product's result is fresh and has no other reader, so the sum is made in place."""
+        """`y + delta`."""
         if self.site.whole:
-            return self.call(operator.iadd, self._output, delta)
+            return self.call(add_delta, self._output, delta)
         # The sum is read through the whole output only: an operator whose schema says that it writes survives cleanup.
         self.call(torch.ops.aten.add_.Tensor, self.y, delta)
         return self._output

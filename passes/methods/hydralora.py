@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.dialect import operator
+from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import SpecError
 from ...rewriter.graft import Emitter
 from ...rewriter.method import (
@@ -51,12 +51,12 @@ def hydralora(x: Tensor, dropped: Tensor, A: Tensor, router: Tensor, B: Tensor, 
         both = F.linear(x, torch.cat([A, router]).to(x.dtype))
         z, logits = both.split([rank, experts], -1)
     else:
-        z, logits = F.linear(dropped, A.to(x.dtype)), F.linear(x, router.to(x.dtype))
+        z, logits = F.linear(dropped, cast(A, x)), F.linear(x, cast(router, x))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     w = (logits.softmax(-1, dtype=wide) * scale).to(x.dtype)  # (..., N): the scale costs least here
     z = z.unsqueeze(-2) if dropped.dim() == x.dim() else z.movedim(0, -2)  # (..., 1 | N, r)
     # B lies (N * r, out): the gradient of the transposed layout is the slowest product of a step on CPU
-    return torch.matmul((w.unsqueeze(-1) * z).flatten(-2), B.to(x.dtype))
+    return torch.matmul((w.unsqueeze(-1) * z).flatten(-2), cast(B, x))
 
 
 def expert_dropout(x: Tensor, p: float, training: bool, experts: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.dialect import operator
+from ...rewriter.dialect import cast, operator
 from ...rewriter.graft import Emitter
 from ...rewriter.method import (
     Decl,
@@ -29,18 +29,23 @@ from ...rewriter.sites import Site
 @operator("lora(Tensor x, Tensor A, Tensor B, float scale) -> Tensor")
 def lora(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`scale * x A^T B^T`: x `(..., in)`, A `(r, in)`, B `(out, r)` -> `(..., out)` in x's dtype."""
-    z = F.linear(x, A.to(x.dtype)) * scale  # scaled where it is smallest: z is (..., r)
-    return expand(z, B.to(x.dtype))
+    z = F.linear(x, cast(A, x)) * scale  # scaled where it is smallest: z is (..., r)
+    return expand(z, cast(B, x))
+
+
+_MANY = 128  # rows from which a transposed copy of B pays
 
 
 def expand(z: Tensor, B: Tensor) -> Tensor:
     """`z B^T`: z `(..., r)`, B `(out, r)` -> `(..., out)`.
 
-    In training through a transposed copy of B: on a CPU the gradients that flow through a column-major `B^T` cost up to
-    twice the whole product's, the copy a few microseconds.
+    In training on many rows through a transposed copy of B: on a CPU the gradients that flow through a column-major
+    `B^T` cost up to twice the whole product's, the copy some ten microseconds.
     """
-    if torch.is_grad_enabled() and (B.requires_grad or z.requires_grad):
-        return torch.matmul(z, B.t().contiguous())
+    if (z.requires_grad or B.requires_grad) and torch.is_grad_enabled():
+        rows = z.numel() // B.shape[1]
+        if isinstance(rows, torch.SymInt) or rows >= _MANY:  # a symbolic size must not be guarded on
+            return F.linear(z, B.t().contiguous().t())
     return F.linear(z, B)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.dialect import operator
+from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import SpecError
 from ...rewriter.graft import Emitter
 from ...rewriter.method import (
@@ -40,8 +40,8 @@ def lora_xs(x: Tensor, A: Tensor, B: Tensor, R: Tensor, scale: float) -> Tensor:
     """
     if scale != 1:
         R = R * scale  # the smallest place to scale
-    z = F.linear(F.linear(x, A.to(x.dtype)), R.to(x.dtype))
-    return F.linear(z, B.to(x.dtype))
+    z = F.linear(F.linear(x, cast(A, x)), cast(R, x))
+    return F.linear(z, cast(B, x))
 
 
 def declare_latent(config: Method, rank: int, sites: Sequence[Site]) -> Declaration:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.dialect import operator
+from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import SpecError
 from ...rewriter.graft import Emitter
 from ...rewriter.method import (
@@ -54,9 +54,11 @@ def unilora(x: Tensor, theta: Tensor, counts: Tensor, index_a: Tensor, index_b: 
     and index_b `(r, out)` int32 -> `(..., out)` in x's dtype. B is gathered transposed: on a CPU the gradient of a
     `(out, r)` factor costs several times that of a `(r, out)` one.
     """
-    scaled = scale_vector(theta.to(x.device), counts.to(x.device))
+    if theta.device != x.device:  # a model spread over devices: the vector lives on the first
+        theta, counts = theta.to(x.device), counts.to(x.device)
+    scaled = scale_vector(theta, counts)
     A, B = gather(scaled, index_a), gather(scaled, index_b)
-    return torch.matmul(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+    return F.linear(F.linear(x, cast(A, x)), cast(B, x).t())
 
 
 def balanced_indices(total: int, length: int, seed: int) -> np.ndarray:
