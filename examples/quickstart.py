@@ -45,7 +45,7 @@ SPLIT_SEED = 0  # which headlines are held out does not depend on --seed
 WARMUP = 0.06
 EVAL_BATCH = 64
 LATENCY_BATCH = 32
-LATENCY_ROUNDS = 9
+LATENCY_ROUNDS = 15
 EXPORT_BATCH = 4
 
 console = Console(highlight=False)
