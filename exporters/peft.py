@@ -186,7 +186,7 @@ def _unilora(
             "save_indices out, or set it to True"
         )
     saved = not derived if save_indices is None else save_indices
-    common = next(iter(sites.values())).__dict__["shared"].tensors()
+    common = next(iter(sites.values())).shared_tensors()
     fields = {
         "peft_type": "UNILORA",
         "r": method.rank,

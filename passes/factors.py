@@ -77,10 +77,9 @@ def linear_factors(adapted: nn.Module, name: str) -> dict[str, tuple[Tensor, Ten
         for _, tensors in adapter_modules(root, name, record):
             if tensors.site is None:
                 continue
-            common = tensors.__dict__["shared"]
-            shared = common.tensors() if common is not None else {}
-            wide = {k: _wide(t) for k, t in tensors.tensors().items()}
-            found[tensors.site.name] = tensors.method.factors({k: _wide(t) for k, t in shared.items()}, wide)
+            shared = {k: _wide(t) for k, t in tensors.shared_tensors().items()}
+            local = {k: _wide(t) for k, t in tensors.tensors().items()}
+            found[tensors.site.name] = tensors.method.factors(shared, local)
     return found
 
 

@@ -115,8 +115,7 @@ def _fold_weight(
     for index, (name, tensors) in enumerate(adapters):
         site = tensors.site
         assert site is not None
-        common = tensors.__dict__["shared"]
-        shared = {k: _wide(t, wide) for k, t in (common.tensors() if common is not None else {}).items()}
+        shared = {k: _wide(t, wide) for k, t in tensors.shared_tensors().items()}
         local = {k: _wide(t, wide) for k, t in tensors.tensors().items()}
         span = slice(site.offset, site.offset + site.out_features)
         # every adapter's delta is of the base, as in the forward pass, not of what was merged before it

@@ -78,6 +78,11 @@ class AdapterTensors(Container):
         """Every tensor by name, derived ones included."""
         return {**self._parameters, **self._buffers}
 
+    def shared_tensors(self) -> dict[str, Any]:
+        """The tensors this site shares with the others of its group; empty where there are none."""
+        shared = self.__dict__["shared"]
+        return shared.tensors() if shared is not None else {}
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in self.tensors().items())
 
