@@ -7,6 +7,7 @@ from .exporters.checkpoint import load_adapter, save_adapter
 from .exporters.onnx import OnnxExport, export_onnx
 from .exporters.ort import OrtSession
 from .passes.analysis import lora_breakdown
+from .passes.bank import adapter_ids, add_tenant, bank, remove_tenant, tenants
 from .passes.estimate import estimate_update
 from .passes.experts import suggest_experts
 from .passes.factors import to_lora
@@ -54,7 +55,10 @@ __all__ = [
     "UniLoRA",
     "UpdateEstimate",
     "active",
+    "adapter_ids",
     "adapter_state",
+    "add_tenant",
+    "bank",
     "capture",
     "compile",
     "disabled",
@@ -69,6 +73,7 @@ __all__ = [
     "merge",
     "passes",
     "remove",
+    "remove_tenant",
     "rewrite",
     "save_adapter",
     "search_paths",
@@ -76,5 +81,6 @@ __all__ = [
     "set_paths",
     "suggest_experts",
     "swap",
+    "tenants",
     "to_lora",
 ]

@@ -122,16 +122,16 @@ def factor_keys(adapted: nn.Module, name: str = "default") -> dict[str, tuple[st
     return keys
 
 
-def _sites_as_targets(record: AdapterRecord) -> tuple[Target | str, ...]:
-    """Targets that name exactly the sites of a record, whatever patterns found them."""
-    whole = [re.escape(s.name) for s in record.sites if s.whole]
+def sites_as_targets(sites: Sequence[Site]) -> tuple[Target | str, ...]:
+    """Targets that name exactly these sites, whatever patterns found them."""
+    whole = [re.escape(s.name) for s in sites if s.whole]
     targets: list[Target | str] = ["re:" + "|".join(whole)] if whole else []
     parts: dict[str, list[Site]] = {}
-    for site in record.sites:
+    for site in sites:
         if not site.whole:
             parts.setdefault(site.name.rpartition("[")[0], []).append(site)
-    for stem, sites in parts.items():
-        targets.append(Target(f"re:{re.escape(stem)}", sites[0].parts, tuple(s.part for s in sites)))
+    for stem, cut in parts.items():
+        targets.append(Target(f"re:{re.escape(stem)}", cut[0].parts, tuple(s.part for s in cut)))
     return tuple(targets)
 
 
@@ -150,7 +150,7 @@ def factored(adapted: nn.Module, name: str = "default") -> nn.Module:
     for path, module in trained_modules(root, name, record).items():
         parent, _, leaf = path.rpartition(".")
         modules[parent]._modules[leaf] = module
-    spec = Spec(Factors(), targets=_sites_as_targets(record))
+    spec = Spec(Factors(), targets=sites_as_targets(record.sites))
     found = [site.name for site, _ in resolve(plain, spec).sites]
     assert sorted(found) == sorted(order), (found, order)
     spec = Spec(Factors(ranks=tuple(values[n][0].shape[1] for n in found)), targets=spec.targets)
@@ -180,7 +180,10 @@ def to_lora(adapted: nn.Module, name: str = "default") -> nn.Module:
     most = max(set(ranks.values()), key=list(ranks.values()).count)
     overrides = {f"re:{_escape(s)}": LoRA(rank=r, alpha=r) for s, r in ranks.items() if r != most}
     spec = Spec(
-        LoRA(rank=most, alpha=most), targets=_sites_as_targets(record), train=record.spec.train, overrides=overrides
+        LoRA(rank=most, alpha=most),
+        targets=sites_as_targets(record.sites),
+        train=record.spec.train,
+        overrides=overrides,
     )
     result = graft_adapter(base_of(root), spec, name, initialise=False)
     target_record = record_of(result, name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .errors import AdapterError, listing, near_misses
 from .fastpath import set_fast_paths
 from .graft import ADAPTERS, activate, add_adapter, drop_adapter, plain_view, restore_class, site_tensors
+from .inputs import release_inputs, take_inputs
 from .method import Decl, InitContext, Method
 from .sites import Site
 from .skeleton import copy_skeleton
@@ -151,7 +152,7 @@ def _create(
     declared = group.method.declare(group.sites)
     first = group.sites[0]
     shared = None
-    if declared.shared:
+    if declared.shared or group.method.inputs:
         shared = AdapterTensors(group.method, None, None)
         _register(shared, declared.shared, adapter_dtype(first.dtype, dtype), first.device)
         root = adapted._modules.setdefault(SHARED, Container())
@@ -224,9 +225,11 @@ def _apply_active(root: nn.Module, state: ModelState, names: tuple[str, ...]) ->
     for name, record in state.adapters.items():
         for parameter in adapter_parameters(root, name, record, modules).values():
             parameter.requires_grad_(name in names and parameter.is_floating_point())
+    release_inputs(root)
     for path in dict.fromkeys(p for record in state.adapters.values() for p in _owners(record)):
         activate(modules[path], names)
     set_fast_paths(modules, [path for name in names for path in _owners(state.adapters[name])])
+    take_inputs(root, [shared for name in names for shared in _shared_of(root, name).values()])
     state.active = names
 
 

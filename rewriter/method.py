@@ -66,6 +66,7 @@ class InitContext:
 
 
 METHODS: dict[str, type[Method]] = {}
+ADAPTER_IDS = "adapter_ids"
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,14 @@ class Method(abc.ABC):
     unmergeable: ClassVar[str | None] = None
     #: why the method is not a low-rank product; None where it is
     not_low_rank: ClassVar[str | None] = None
+    #: what a call brings for it: keyword arguments of the model's forward, which `Emitter.shared` reads by name
+    inputs: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, key: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.key = key
-        METHODS[key] = cls
+        if key:
+            METHODS[key] = cls
 
     def __deepcopy__(self, memo: Any) -> Method:
         return self
@@ -119,10 +123,38 @@ class Method(abc.ABC):
         A, B = self.factors(shared, local)
         return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias
 
+    # -- many adapters in one graph ----------------------------------------------------------------------------------
+    def bank(self, tenants: Sequence[Method], slots: int) -> BankMethod | None:
+        """The method that holds adapters with these configs in one graph; None: a stack of low-rank factors."""
+        return None
+
     # -- JSON ------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `method_from_dict` reads it back."""
         return {"method": self.key, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class BankMethod(Method, key=""):
+    """Base of the methods that hold many adapters: every tensor that is no index has a first dimension of slots.
+
+    A call says which slot each sample takes, `adapter_ids (batch,)`; slot 0 stays zero and is the base model.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = (ADAPTER_IDS,)
+    unmergeable: ClassVar[str | None] = (
+        "it holds several adapters and every sample chooses one; merge the adapted model of one of them"
+    )
+    not_low_rank: ClassVar[str | None] = unmergeable
+
+    slots: int = 2
+
+    @abc.abstractmethod
+    def entry(
+        self, method: Method, shared: Tensors, local: Tensors
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """What one adapter of `method` puts into its slot: of the shared tensors, and of one site's. An entry may be
+        smaller than the slot: the rest stays zero."""
 
 
 def method_from_dict(data: Mapping[str, Any]) -> Method:

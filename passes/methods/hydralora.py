@@ -19,6 +19,7 @@ from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import SpecError
 from ...rewriter.graft import Emitter
 from ...rewriter.method import (
+    BankMethod,
     Decl,
     Declaration,
     InitContext,
@@ -132,3 +133,15 @@ class HydraLoRA(Method, key="hydralora"):
         else:
             dropped = e.dropped(self.dropout)
         return e.add(e.call(hydralora, e.x, dropped, e.tensor("A"), e.tensor("router"), e.tensor("B"), self.scale))
+
+    def bank(self, tenants: Sequence[Method], slots: int) -> BankMethod | None:
+        from .bank_hydralora import HydraLoRABank
+
+        experts = sorted({tenant.experts for tenant in tenants if isinstance(tenant, HydraLoRA)})
+        if experts != [self.experts]:
+            raise SpecError(
+                f"a bank of HydraLoRA adapters has one number of experts, as the router's softmax runs over them; "
+                f"given were {experts}: make a bank for each"
+            )
+        rank = max(tenant.rank for tenant in tenants if isinstance(tenant, HydraLoRA))
+        return HydraLoRABank(rank=rank, experts=self.experts, slots=slots)

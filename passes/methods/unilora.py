@@ -20,6 +20,7 @@ from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import SpecError
 from ...rewriter.graft import Emitter
 from ...rewriter.method import (
+    BankMethod,
     Decl,
     Declaration,
     InitContext,
@@ -189,3 +190,10 @@ class UniLoRA(Method, key="unilora"):
     def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
         scaled = scale_vector(shared["theta"], shared["counts"]).to(local["index_a"].device)
         return gather(scaled, local["index_a"]), gather(scaled, local["index_b"]).t()
+
+    def bank(self, tenants: Sequence[Method], slots: int) -> BankMethod | None:
+        from .bank_unilora import UniLoRABank
+
+        if self.sampler == "stored" or any(tenant != self for tenant in tenants):
+            return None  # other projections, so no common indices
+        return UniLoRABank(**vars(self), slots=slots)
