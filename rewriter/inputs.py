@@ -21,7 +21,7 @@ from .graft import BASE
 from .state import AdapterTensors
 
 OWN_CLASS = f"{BASE}_inputs"  # plain attribute of a root: its class before `take_inputs`
-PLACES = f"{BASE}_places"  # plain attribute of a root: the shared tensors that the values are put on
+PLACES = f"{BASE}_places"  # plain attribute of a root: paths of the shared tensors that the values are put on
 
 
 class TakesInputs(nn.Module):
@@ -42,7 +42,7 @@ class TakesInputs(nn.Module):
         own = state["own"]
         self.__dict__.update(own.__dict__)
         self.__class__ = own.__class__
-        take_inputs(self, self.__dict__[PLACES])
+        take_inputs(self, [self.get_submodule(path) for path in self.__dict__[PLACES]])  # type: ignore[misc]
 
 
 def _rebuild() -> TakesInputs:
@@ -69,7 +69,9 @@ def take_inputs(root: nn.Module, places: Sequence[AdapterTensors]) -> None:
     if not names:
         return
     root.__dict__[OWN_CLASS] = type(root)
-    root.__dict__[PLACES] = list(places)
+    # Paths, not modules: reached as a submodule, a tensor is one of fixed size to a compiler.
+    paths = {id(module): path for path, module in root.named_modules()}
+    root.__dict__[PLACES] = tuple(paths[id(place)] for place in places)
     for place in places:
         for name in place.method.inputs:
             setattr(place, name, None)
@@ -91,8 +93,9 @@ def _class(own: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def _put(root: nn.Module, values: dict[str, Any]) -> None:
-    for place in root.__dict__[PLACES]:
-        for name in place.method.inputs:
+    for path in root.__dict__[PLACES]:
+        place = root.get_submodule(path)
+        for name in place.method.inputs:  # type: ignore[union-attr]
             setattr(place, name, values[name])
 
 
