@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..backends.staging import staged
 from ..passes.factors import factors, trained
 from ..rewriter.api import base_of
 from ..rewriter.errors import AdapterError, CheckpointError, listing
 from . import manifest
 from .errors import ExportError
-from .staging import staged
 
 # Version of the naming scheme `<site>.A (in, rank)`, `<site>.B (rank, out)`, trained tensors under their own keys.
 ADAPTER_VERSION = 1

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from ..rewriter.errors import FxgraftError
+from ..rewriter.errors import ExportError, FxgraftError, ParityError
 
-
-class ExportError(FxgraftError, RuntimeError):
-    """A model could not be written. What was at the target path before is still there, unchanged."""
-
-
-class ParityError(ExportError):
-    """The exported graph does not compute what torch computes; nothing was written."""
+__all__ = ["ExportError", "ParityError", "SessionError"]
 
 
 class SessionError(FxgraftError, ValueError):

@@ -11,14 +11,24 @@ from typing import Any
 
 import torch
 
+from ..backends.staging import staged
 from ..rewriter.errors import listing
+from ..rewriter.signature import (
+    Axes,
+    Example,
+    automatic_axes,
+    bind,
+    check_sizes,
+    fresh,
+    given_axes,
+    named_tensors,
+    other_sizes,
+)
 from ..rewriter.state import unwrap
 from . import graph, manifest
 from .errors import ExportError
 from .parity import Parity, array, compare, quiet_session, reference, tolerance_of
 from .plans import Merged, Swappable
-from .signature import Axes, Example, automatic_axes, bind, check_sizes, fresh, given_axes, named_tensors, other_sizes
-from .staging import staged
 
 Shape = tuple[int | str, ...]
 MODES = ("merged", "swappable")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..rewriter.signature import named_tensors
 from .errors import ExportError, ParityError
-from .signature import named_tensors
 
 # Largest difference over the largest magnitude of an output. float32 leaves room for some thirty layers whose sums
 # onnxruntime orders differently; one layer differs by 1e-7.

@@ -34,6 +34,14 @@ class CheckpointError(FxgraftError, RuntimeError):
     """An adapter on disk is damaged, foreign, or does not fit the model."""
 
 
+class ExportError(FxgraftError, RuntimeError):
+    """A model could not be written. What was at the target path before is still there, unchanged."""
+
+
+class ParityError(ExportError):
+    """What was written does not compute what torch computes; it has been taken away again."""
+
+
 def listing(names: Iterable[str], limit: int = 8) -> str:
     """`'a', 'b', … (12 in all)`: names for an error text, cut where nobody would read on."""
     names = list(names)

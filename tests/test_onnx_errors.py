@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import fxgraft as fg
-from fxgraft.exporters import graph, staging
+from fxgraft.backends import staging
+from fxgraft.exporters import graph
 from fxgraft.exporters.errors import ExportError, ParityError
 from fxgraft.exporters.onnx import export_onnx
 from fxgraft.exporters.ort import export_ort_adapter
-from fxgraft.exporters.signature import (
+from fxgraft.rewriter.signature import (
     automatic_axes,
     bind,
     check_sizes,

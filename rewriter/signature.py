@@ -1,0 +1,264 @@
+"""What goes into and out of a model, by name: example inputs, dynamic axes, and fresh inputs of other shapes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import ExportError, listing
+
+Axes = dict[str, dict[int, str]]
+_CONSTANTS = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Example:
+    """Example inputs, all by parameter name: `tensors` become inputs of the graph, `constants` are baked into it.
+
+    `extra` are the names that `forward` takes through its `**catch_all`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    constants: dict[str, Any]
+    catch_all: str = ""
+    extra: tuple[str, ...] = ()
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return {**self.tensors, **self.constants}
+
+    def shapes(self, dims: Mapping[str, Any]) -> dict[str, Any]:
+        """`dims` ({input: dynamic dimensions}) as `torch.export` takes it: every argument, the extra ones nested."""
+        flat = {name: dims.get(name) for name in self.kwargs}
+        nested = {name: flat.pop(name) for name in self.extra}
+        return {**flat, self.catch_all: nested} if nested else flat
+
+
+def bind(model: torch.nn.Module, example_inputs: Any) -> Example:
+    """Name every example input after the parameter of `model.forward` that takes it.
+
+    `example_inputs` is a tuple (or list) of positional arguments or a mapping of keyword arguments; the values are
+    tensors, or constants (None, bool, int, float, str). Raises `ExportError` for anything else.
+    """
+    signature = inspect.signature(model.forward)
+    if isinstance(example_inputs, Mapping):
+        given, args = dict(example_inputs), ()
+    elif isinstance(example_inputs, (tuple, list)):
+        given, args = {}, tuple(example_inputs)
+    else:
+        raise ExportError(
+            f"example_inputs is a {type(example_inputs).__name__}; give a tuple of positional arguments, as in (x,), "
+            "or a dict of keyword arguments"
+        )
+    try:
+        bound = signature.bind(*args, **given)
+    except TypeError as error:
+        raise ExportError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from None
+    named: dict[str, Any] = {}
+    catch_all, extra = "", ()
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+            catch_all, extra = name, tuple(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise ExportError(f"{type(model).__name__}.forward takes *{name}: inputs without a name cannot be exported")
+        else:
+            named[name] = value
+    for name, value in named.items():
+        if not isinstance(value, (torch.Tensor, *_CONSTANTS)):
+            raise ExportError(
+                f"example input {name!r} is a {type(value).__name__}; inputs are torch tensors, and None, bool, int, "
+                "float or str for arguments that become constants of the graph"
+            )
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ExportError("example_inputs hold no tensor, so the graph would have no input")
+    constants = {name: value for name, value in named.items() if name not in tensors}
+    # A decoder returns its KV cache unless told otherwise; a cache is no tensor and needs an export of its own.
+    caches = getattr(getattr(model, "config", None), "use_cache", None)
+    if caches and "use_cache" not in named and "use_cache" in signature.parameters:
+        constants["use_cache"] = False
+    return Example(tensors, constants, catch_all, extra)
+
+
+def automatic_axes(example: Example) -> Axes:
+    """Dynamic axes for `dynamic_shapes=None`.
+
+    Axis 0 of every input is "batch" where it has the batch size (that of the first input). Axis 1 of integer and
+    boolean inputs, and of inputs called `*mask*` or `*embeds*`, is a sequence; `decoder_*` inputs and inputs of another
+    length get a sequence axis of their own. Sequences of length 1 stay fixed.
+    """
+    tensors = {name: tensor for name, tensor in example.tensors.items() if tensor.dim()}
+    if not tensors:
+        return {}
+    batch = next(iter(tensors.values())).shape[0]
+    lengths: dict[str, int] = {}
+    axes: Axes = {}
+    for name, tensor in tensors.items():
+        axes[name] = {0: "batch"} if tensor.shape[0] == batch else {}
+        sequential = not tensor.is_floating_point() or "mask" in name or "embeds" in name
+        if tensor.dim() < 2 or not sequential or tensor.shape[1] == 1:
+            continue
+        length = tensor.shape[1]
+        symbol = "decoder_sequence" if name.startswith("decoder_") else "sequence"
+        if lengths.setdefault(symbol, length) != length:
+            symbol = f"{name}_sequence"
+            lengths[symbol] = length
+        axes[name][1] = symbol
+    for name, tensor in tensors.items():
+        # Position vectors of shape (sequence,) have no batch.
+        if tensor.dim() == 1 and not axes[name] and tensor.shape[0] == lengths.get("sequence"):
+            axes[name][0] = "sequence"
+    return {name: named for name, named in axes.items() if named}
+
+
+def given_axes(example: Example, dynamic_shapes: Any) -> tuple[Axes, dict[str, Any]]:
+    """`dynamic_shapes` as axis names, and in the form `torch.export` takes.
+
+    Accepts a mapping of input name, or a sequence in the order of the inputs, to {axis: name | torch.export.Dim},
+    a sequence with one entry per axis, or None. A name stands for a dimension of any size; a `Dim` keeps its bounds.
+    Raises `ExportError` for unknown inputs, axes out of range and other values.
+    """
+    if isinstance(dynamic_shapes, Sequence) and not isinstance(dynamic_shapes, str):
+        if len(dynamic_shapes) != len(example.tensors):
+            raise ExportError(
+                f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(example.tensors)} inputs "
+                f"({listing(example.tensors)})"
+            )
+        dynamic_shapes = dict(zip(example.tensors, dynamic_shapes, strict=True))
+    if not isinstance(dynamic_shapes, Mapping):
+        raise ExportError("dynamic_shapes is a dict like {'input_ids': {0: 'batch', 1: 'sequence'}}, or None")
+    axes: Axes = {}
+    for name, shape in dynamic_shapes.items():
+        if name not in example.tensors:
+            raise ExportError(f"dynamic_shapes names {name!r}; the inputs are {listing(example.tensors)}")
+        if shape is None:
+            continue
+        entries = shape.items() if isinstance(shape, Mapping) else enumerate(shape)
+        for axis, dim in entries:
+            rank = example.tensors[name].dim()
+            if not isinstance(axis, int) or not -rank <= axis < rank:
+                raise ExportError(f"dynamic_shapes[{name!r}] has axis {axis!r}, but the input has {rank} dimensions")
+            if dim is None or isinstance(dim, int):
+                continue
+            axis %= rank
+            label = dim if isinstance(dim, str) else getattr(dim, "__name__", None)
+            if isinstance(dim, type(torch.export.Dim.AUTO)):
+                label = f"{name}_axis_{axis}"
+            if not isinstance(label, str) or not label:
+                raise ExportError(
+                    f"dynamic_shapes[{name!r}][{axis}] is {dim!r}; give a name such as 'batch' or a torch.export.Dim"
+                )
+            axes.setdefault(name, {})[axis] = label
+    dims: dict[str, Any] = {}
+    for name, labels in axes.items():
+        shape, rank = dynamic_shapes[name], example.tensors[name].dim()
+        given = {axis % rank: dim for axis, dim in (shape.items() if isinstance(shape, Mapping) else enumerate(shape))}
+        dims[name] = {
+            axis: torch.export.Dim.DYNAMIC if isinstance(given[axis], str) else given[axis] for axis in labels
+        }
+    return axes, dims
+
+
+def check_sizes(example: Example, axes: Axes) -> None:
+    """Raise `ExportError` where a dynamic axis has size 0 or 1 in the example: torch would silently fix it there."""
+    for name, named in axes.items():
+        for axis, symbol in named.items():
+            size = example.tensors[name].shape[axis]
+            if size < 2:
+                raise ExportError(
+                    f"example input {name!r} has size {size} in dynamic axis {axis} ({symbol!r}). torch would "
+                    "silently fix the axis to that size: give an example of at least 2 there, or name the dynamic axes "
+                    "yourself with dynamic_shapes (dynamic_shapes={} fixes every axis)"
+                )
+
+
+def other_sizes(example: Example, axes: Axes) -> list[dict[str, int]]:
+    """Two more choices of sizes for the named axes: a single sample, and a bigger batch; never a longer sequence.
+
+    Longer sequences may be outside the model (a table of positions ends somewhere), shorter ones never are.
+    """
+    sizes = {
+        symbol: example.tensors[name].shape[axis] for name, named in axes.items() for axis, symbol in named.items()
+    }
+    if not sizes:
+        return []
+    single, bigger = {}, {}
+    for symbol, size in sizes.items():
+        if "batch" in symbol:
+            single[symbol], bigger[symbol] = 1, size + 1
+        else:
+            single[symbol], bigger[symbol] = (size - 1, size // 2 + 1) if size > 2 else (size, size)
+    return [single, bigger]
+
+
+def fresh(example: Example, axes: Axes, sizes: dict[str, int], seed: int) -> dict[str, torch.Tensor]:
+    """Random inputs of the given sizes that look like the example.
+
+    Floating inputs are normal with the example's mean and spread; integers and booleans are drawn from the example's
+    own values, so that token ids stay in range; masks keep a run of ones in every row, at the example's side.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, tensor in example.tensors.items():
+        shape = [sizes.get(axes.get(name, {}).get(axis, ""), size) for axis, size in enumerate(tensor.shape)]
+        made[name] = _similar(name, tensor, shape, generator).to(tensor.device)
+    return made
+
+
+def _similar(name: str, tensor: torch.Tensor, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    source = tensor.detach().cpu()
+    if not source.numel():
+        return torch.zeros(shape, dtype=source.dtype)
+    if source.is_floating_point() and "mask" not in name:
+        values = source.float()
+        spread = values.std(unbiased=False).clamp_min(1e-3)
+        return (torch.randn(shape, generator=generator) * spread + values.mean()).to(source.dtype)
+    if "mask" in name and source.dim() == 2 and bool(((source == 0) | (source == 1)).all()):
+        rows, length = shape
+        kept = torch.randint(1, length + 1, (rows, 1), generator=generator)
+        kept[0] = length
+        places = torch.arange(length).expand(rows, length)
+        left = bool((source[:, 0] == 0).any())
+        return (places >= length - kept if left else places < kept).to(source.dtype)
+    if (
+        source.dim() == 1
+        and not source.is_floating_point()
+        and torch.equal(source, torch.arange(len(source)).to(source))
+    ):
+        return torch.arange(shape[0]).to(source.dtype)
+    picks = torch.randint(0, source.numel(), shape, generator=generator)
+    return source.flatten()[picks]
+
+
+def named_tensors(output: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a model's output, in order, under their names.
+
+    Fields of a mapping (model-output dataclasses are mappings) keep their names, a nested one is joined with a dot, the
+    entries of a tuple are `output_0`, `output_1`, ..., and a single tensor is `output`. Raises `ExportError` for leaves
+    that are no tensors (a KV cache, for example).
+    """
+    if isinstance(output, torch.Tensor):
+        return {prefix or "output": output}
+    if output is None:
+        return {}
+    if isinstance(output, Mapping):
+        entries = [(str(key), value) for key, value in output.items()]
+    elif isinstance(output, (tuple, list)):
+        entries = [(str(index), value) for index, value in enumerate(output)]
+        if not prefix:
+            entries = [(f"output_{key}", value) for key, value in entries]
+    else:
+        raise ExportError(
+            f"the model's output {prefix or 'itself'} is a {type(output).__name__}; a graph gives tensors, in tuples, "
+            "lists and mappings"
+        )
+    found: dict[str, torch.Tensor] = {}
+    for key, value in entries:
+        found.update(named_tensors(value, f"{prefix}.{key}" if prefix else key))
+    return found
