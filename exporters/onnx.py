@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..backends.parity import Parity, array, reference, tolerance_of
 from ..backends.staging import staged
 from ..rewriter.errors import listing
 from ..rewriter.signature import (
@@ -27,7 +28,7 @@ from ..rewriter.signature import (
 from ..rewriter.state import unwrap
 from . import graph, manifest
 from .errors import ExportError
-from .parity import Parity, array, compare, quiet_session, reference, tolerance_of
+from .parity import compare, quiet_session
 from .plans import Merged, Swappable
 
 Shape = tuple[int | str, ...]

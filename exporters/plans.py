@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..backends.parity import array
 from ..passes.factors import factor_keys, factored, factors
 from ..passes.merge import merge
 from ..rewriter.api import active, base_of
@@ -15,7 +16,6 @@ from ..rewriter.state import find_state
 from . import graph, manifest
 from .adapterfile import swappable_head
 from .errors import ExportError
-from .parity import array
 
 # What a run feeds beside the inputs, and the torch model it must agree with: (label, model, adapter tensors).
 Run = tuple[str, torch.nn.Module, dict[str, np.ndarray]]
