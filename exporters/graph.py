@@ -38,26 +38,6 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def symbols(
-    program: torch.export.ExportedProgram, axes: Mapping[str, Mapping[int, str]]
-) -> tuple[dict[str, str], list[tuple[str, int, str, int]]]:
-    """`{torch's symbol: axis name}`, and the (input, axis, name, size) that torch fixed although they were named."""
-    named: dict[str, str] = {}
-    fixed: list[tuple[str, int, str, int]] = []
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    for name, wanted in axes.items():
-        if name not in values:
-            raise ExportError(f"torch.export renamed input {name!r}; the graph has {sorted(values)}")
-        for axis, label in wanted.items():
-            size = values[name].shape[axis]
-            # A specialised size may still be a symbolic integer, with a number for an expression.
-            if isinstance(size, int) or size.node.expr.is_number:
-                fixed.append((name, axis, label, int(size)))
-            else:
-                named.setdefault(str(size.node.expr), label)
-    return named, fixed
-
-
 def rename_axes(model: Any, names: Mapping[str, str]) -> None:
     """Give torch's symbols (`s72`) the names of their axes in every shape of the graph, inside expressions too."""
     import onnx_ir as ir

@@ -24,6 +24,7 @@ from ..rewriter.signature import (
     given_axes,
     named_tensors,
     other_sizes,
+    symbols,
 )
 from ..rewriter.state import unwrap
 from . import graph, manifest
@@ -139,7 +140,7 @@ def export_onnx(
         limit = tolerance_of(plan.module) if tolerance is None else tolerance
         outputs = named_tensors(_run(plan.truth, example))
         program = _capture(plan.module, example, dims)
-        names, fixed = graph.symbols(program, axes)
+        names, fixed = symbols(program.graph, axes)
         for key, axis, label, size in fixed:
             if dynamic_shapes is not None or label == "batch":
                 raise ExportError(

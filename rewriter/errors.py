@@ -38,6 +38,10 @@ class ExportError(FxgraftError, RuntimeError):
     """A model could not be written. What was at the target path before is still there, unchanged."""
 
 
+class PackageError(FxgraftError, RuntimeError):
+    """A package is damaged, foreign or made for another machine, or a loaded one was fed the wrong inputs."""
+
+
 class ParityError(ExportError):
     """What was written does not compute what torch computes; it has been taken away again."""
 
