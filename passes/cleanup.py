@@ -2,6 +2,7 @@
 
     y += d                       ->  y + d                when y is a fresh product that only the sum reads
     dropout(x, p, False)         ->  x
+    f(W); f(W)                   ->  f(W)                 reads of one tensor, and factors made of the same tensors
     a node nobody reads          ->  nothing
 
 Does not handle sums into a slice of y (parts of a fused weight): they stay as they are.
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ..rewriter.halves import is_pure
 from ..rewriter.passbase import Pass, PassResult, Program, dead_code, replace_meta
 
 _DROPOUTS = {F.dropout, torch.dropout, torch.ops.aten.dropout.default}
@@ -42,8 +44,30 @@ class Cleanup(Pass):
             node.replace_all_uses_with(new)
             graph.erase_node(node)
             count += 1
+        count += _drop_duplicates(graph)
         count += dead_code(program.graph_module)
         return PassResult(program, count > 0, count)
+
+
+def _drop_duplicates(graph: fx.Graph) -> int:
+    seen: dict[object, fx.Node] = {}
+    count = 0
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            key: object = ("get_attr", node.target)
+        elif node.op == "call_function" and is_pure(node.target) and not node.kwargs:
+            key = (node.target, node.args)
+        else:
+            continue
+        try:
+            first = seen.setdefault(key, node)
+        except TypeError:  # arguments that cannot be hashed, such as lists
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            count += 1
+    return count
 
 
 def _is_identity(node: fx.Node) -> bool:

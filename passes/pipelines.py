@@ -1,12 +1,20 @@
-"""The pipelines, in order: which passes run for inference and for training."""
+"""The pipelines, in order: which passes run for inference, for training, and where nothing will be swapped."""
 
 from __future__ import annotations
 
 from ..rewriter.passbase import Pipeline, Program
+from .accumulate import Accumulate
+from .choose import Choose
 from .cleanup import Cleanup
+from .fold import Fold
+from .share import Share
+from .siblings import Siblings
 
-inference = Pipeline("inference", (Cleanup(),))
-training = Pipeline("training", (Cleanup(),))
+#: adapters stay swappable: their tensors are inputs of the graph
+inference = Pipeline("inference", (Cleanup(), Share(), Choose(), Siblings(), Accumulate(), Cleanup()))
+training = Pipeline("training", (Cleanup(), Share(), Siblings(), Accumulate(), Cleanup()))
+#: adapters are part of the program for good: for one that owns its tensors (`fg.capture`)
+frozen = Pipeline("frozen", (Fold(), *inference.passes))
 
 
 def pipeline_for(program: Program) -> Pipeline:

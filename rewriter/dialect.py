@@ -8,6 +8,7 @@ knows nothing of the dialect decomposes the node into plain ATen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,6 +58,38 @@ def eager_form(graph: fx.Graph) -> fx.Graph:
         if is_dialect(node.target):
             node.target = _direct[node.target]  # type: ignore[index]
     return result
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the nodes of one operator can compute at once.
+
+    Args:
+        shared: how many arguments behind the input are the same for all nodes.
+        function: `(*shared arguments, [the other arguments of all nodes])` -> as many tensors, in order.
+        replacement: the operator that takes the input and a node's part of the result.
+    """
+
+    shared: int
+    function: Callable[..., tuple[Tensor, ...]]
+    replacement: torch._ops.OpOverload
+
+
+common: dict[torch._ops.OpOverload, Common] = {}
+
+
+def register_common(
+    operator: torch._ops.OpOverload,
+    shared: int,
+    function: Callable[..., tuple[Tensor, ...]],
+    replacement: torch._ops.OpOverload,
+) -> None:
+    """Say what an operator's nodes can compute at once."""
+    common[operator] = Common(shared, function, replacement)
+
+
+#: operators that are a linear map of x for fixed tensors: `(*arguments behind x and the product) -> weight, bias`
+weight_form: dict[torch._ops.OpOverload, Callable[..., tuple[Tensor, Tensor | None]]] = {}
 
 
 def cast(tensor: Tensor, like: Tensor) -> Tensor:

@@ -33,11 +33,12 @@ PROVENANCE = "fxgraft"  # key in node.meta
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which pass made a node, for which site and method."""
+    """Which pass made a node, for which site and method, and why it chose so."""
 
     made_by: str
     site: str
     method: str
+    reason: str = ""
 
 
 # -- owners ------------------------------------------------------------------------------------------------------

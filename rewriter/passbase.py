@@ -119,10 +119,10 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copy.deepcopy(gm, memo)
 
 
-def replace_meta(new: fx.Node, old: fx.Node, made_by: str) -> None:
-    """Give a node that stands for another one its metadata and say which pass made it."""
+def replace_meta(new: fx.Node, old: fx.Node, made_by: str, reason: str = "") -> None:
+    """Give a node that stands for another one its metadata and say which pass made it, and why."""
     new.meta.update({k: v for k, v in old.meta.items() if k not in new.meta})
-    new.meta[PROVENANCE] = Provenance(made_by, "", "")
+    new.meta[PROVENANCE] = Provenance(made_by, "", "", reason)
 
 
 def dead_code(gm: fx.GraphModule) -> int:

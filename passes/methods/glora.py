@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.dialect import operator
+from ...rewriter.dialect import operator, weight_form
 from ...rewriter.errors import MergeError, SpecError
 from ...rewriter.graft import PROVENANCE, Emitter
 from ...rewriter.method import Decl, Declaration, InitContext, Method, Tensors, check_positive_int, check_rank
@@ -145,6 +145,27 @@ def glora(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, Ad: 
     if delta is None:
         delta = x.new_zeros(1)
     return delta.expand(*x.shape[:-1], out_features)
+
+
+def glora_weight(
+    weight: Tensor, bias: Tensor | None, Ad: Tensor | None, Au: Tensor | None, Bd: Tensor | None, Bu: Tensor | None,
+    Cd: Tensor | None, Cu: Tensor | None, D: Tensor | None, E: Tensor | None, keep: bool, biased: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The weight `(out, in)` and bias `(out,)` that `glora` multiplies x by, in the base's dtype."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype, weight = weight.dtype, weight.to(wide)
+    result = weight if keep else torch.zeros_like(weight)
+    if Ad is not None:
+        result = result + weight * (Ad if Au is None else Ad @ Au)
+    if Bd is not None:
+        result = result + (Bd if Bu is None else Bd @ Bu)
+    shift = _shift(weight, None if bias is None else bias.to(wide), Cd, Cu, D, E)
+    if keep and biased and bias is not None:
+        shift = bias.to(wide) if shift is None else bias + shift
+    return result.to(dtype), None if shift is None else shift.expand(weight.shape[0]).to(dtype)
+
+
+weight_form[glora] = glora_weight
 
 
 @operator(
@@ -299,13 +320,5 @@ class GLoRA(Method, key="glora"):
                 "a GLoRA supernet has no one weight: every site still chooses among 432 paths. Fix them first, "
                 "fix_paths(model, search_paths(...).paths), and merge the result"
             )
-        t = {name: local[name].to(weight.dtype) if name in local else None for name in TENSORS}
-        merged = weight
-        if t["Ad"] is not None:
-            merged = merged + weight * (t["Ad"] if t["Au"] is None else t["Ad"] @ t["Au"])
-        if t["Bd"] is not None:
-            merged = merged + (t["Bd"] if t["Bu"] is None else t["Bd"] @ t["Bu"])
-        shift = _shift(weight, bias, t["Cd"], t["Cu"], t["D"], t["E"])
-        if shift is None:
-            return merged, bias
-        return merged, (shift.expand(weight.shape[0]) if bias is None else bias + shift)
+        tensors = [local[name].to(weight.dtype) if name in local else None for name in TENSORS]
+        return glora_weight(weight, bias, *tensors, keep=True, biased=True)  # type: ignore[misc, arg-type]

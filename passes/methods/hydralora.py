@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import SpecError
 from ...rewriter.graft import Emitter
+from ...rewriter.halves import register_halves
 from ...rewriter.method import (
     BankMethod,
     Decl,
@@ -47,17 +48,32 @@ def hydralora(x: Tensor, dropped: Tensor, A: Tensor, router: Tensor, B: Tensor, 
     router `(N, in)`; B `(N * r, out)`, rows `i * r` to `(i + 1) * r` are expert i -> `(..., out)` in x's dtype. The
     softmax is float32 (float64 for float64 inputs).
     """
-    experts, rank = router.shape[0], A.shape[0]
     if dropped is x:  # no dropout, or not training: one product reads x once for A and the router
-        both = F.linear(x, torch.cat([A, router]).to(x.dtype))
-        z, logits = both.split([rank, experts], -1)
-    else:
-        z, logits = F.linear(dropped, cast(A, x)), F.linear(x, cast(router, x))
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    w = (logits.softmax(-1, dtype=wide) * scale).to(x.dtype)  # (..., N): the scale costs least here
-    z = z.unsqueeze(-2) if dropped.dim() == x.dim() else z.movedim(0, -2)  # (..., 1 | N, r)
+        return routed_up(F.linear(x, routed_down(A, router, B, scale).to(x.dtype)), A, router, B, scale)
+    z, logits = F.linear(dropped, cast(A, x)), F.linear(x, cast(router, x))
+    return _combine(z.unsqueeze(-2) if dropped.dim() == x.dim() else z.movedim(0, -2), logits, B, scale)
+
+
+def _combine(z: Tensor, logits: Tensor, B: Tensor, scale: float) -> Tensor:
+    """z `(..., 1 | N, r)`, logits `(..., N)`, B `(N * r, out)` -> `(..., out)`."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    w = (logits.softmax(-1, dtype=wide) * scale).to(logits.dtype)  # (..., N): the scale costs least here
     # B lies (N * r, out): the gradient of the transposed layout is the slowest product of a step on CPU
-    return torch.matmul((w.unsqueeze(-1) * z).flatten(-2), cast(B, x))
+    return torch.matmul((w.unsqueeze(-1) * z).flatten(-2), cast(B, logits))
+
+
+def routed_down(A: Tensor, router: Tensor, B: Tensor, scale: float) -> Tensor:
+    """A and the router one under the other, `(r + N, in)`."""
+    return torch.cat([A, router])
+
+
+def routed_up(z: Tensor, A: Tensor, router: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Route and combine: z `(..., r + N)` -> `(..., out)`."""
+    z, logits = z.split([A.shape[0], router.shape[0]], -1)
+    return _combine(z.unsqueeze(-2), logits, B, scale)
+
+
+register_halves(hydralora, routed_down, up=routed_up, inputs=2)
 
 
 def expert_dropout(x: Tensor, p: float, training: bool, experts: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from ...rewriter.dialect import cast, operator
 from ...rewriter.graft import Emitter
+from ...rewriter.halves import register_halves
 from ...rewriter.method import (
     Decl,
     Declaration,
@@ -47,6 +48,24 @@ def expand(z: Tensor, B: Tensor) -> Tensor:
         if isinstance(rows, torch.SymInt) or rows >= _MANY:  # a symbolic size must not be guarded on
             return F.linear(z, B.t().contiguous().t())
     return F.linear(z, B)
+
+
+def lora_down(A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`A (r, in)`."""
+    return A
+
+
+def lora_across(A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`scale * B (out, r)`."""
+    return B if scale == 1 else B * scale
+
+
+def lora_up(z: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`scale * z B^T`."""
+    return expand(z * scale, cast(B, z))
+
+
+register_halves(lora, lora_down, across=lora_across, up=lora_up)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import SpecError
 from ...rewriter.graft import Emitter
+from ...rewriter.halves import register_halves
 from ...rewriter.method import (
     Decl,
     Declaration,
@@ -42,6 +43,24 @@ def lora_xs(x: Tensor, A: Tensor, B: Tensor, R: Tensor, scale: float) -> Tensor:
         R = R * scale  # the smallest place to scale
     z = F.linear(F.linear(x, cast(A, x)), cast(R, x))
     return F.linear(z, cast(B, x))
+
+
+def latent_down(A: Tensor, B: Tensor, R: Tensor, scale: float) -> Tensor:
+    """`A (r, in)`."""
+    return A
+
+
+def latent_across(A: Tensor, B: Tensor, R: Tensor, scale: float) -> Tensor:
+    """`scale * B R (out, r)`."""
+    return B @ (R if scale == 1 else R * scale).to(B.dtype)
+
+
+def latent_up(z: Tensor, A: Tensor, B: Tensor, R: Tensor, scale: float) -> Tensor:
+    """`scale * z R^T B^T`: through R first, which is the smaller product for less than `out` rows."""
+    return F.linear(F.linear(z, cast(R if scale == 1 else R * scale, z)), cast(B, z))
+
+
+register_halves(lora_xs, latent_down, across=latent_across, up=latent_up)
 
 
 def declare_latent(config: Method, rank: int, sites: Sequence[Site]) -> Declaration:

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.dialect import cast, operator
+from ...rewriter.dialect import cast, operator, register_common
 from ...rewriter.errors import SpecError
 from ...rewriter.graft import Emitter
+from ...rewriter.halves import register_halves
 from ...rewriter.method import (
     BankMethod,
     Decl,
@@ -60,6 +61,47 @@ def unilora(x: Tensor, theta: Tensor, counts: Tensor, index_a: Tensor, index_b: 
     scaled = scale_vector(theta, counts)
     A, B = gather(scaled, index_a), gather(scaled, index_b)
     return F.linear(F.linear(x, cast(A, x)), cast(B, x).t())
+
+
+@operator("unilora_factors(Tensor x, Tensor A, Tensor B) -> Tensor")
+def unilora_factors(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """`x A^T B`: what is left of `unilora` when the factors of all sites are gathered at once; A `(r, in)`, B
+    `(r, out)`."""
+    return F.linear(F.linear(x, cast(A, x)), cast(B, x).t())
+
+
+class _GatherAll(torch.autograd.Function):
+    """All factors of all sites; their gradients go back to the vector in one sum, not one per gather."""
+
+    @staticmethod
+    def forward(ctx, scaled, *indices):  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(*indices)
+        ctx.length = scaled.shape[0]
+        return tuple(gather(scaled.to(index.device), index) for index in indices)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def, override]
+        first = grads[0]
+        values = torch.cat([g.to(first.device).flatten() for g in grads])
+        index = torch.cat([i.to(first.device).flatten() for i in ctx.saved_tensors])
+        return values.new_zeros(ctx.length).index_add(0, index, values), *(None for _ in grads)
+
+
+def all_factors(theta: Tensor, counts: Tensor, indices: list[Tensor]) -> tuple[Tensor, ...]:
+    """A and B of all sites, in the order and shapes of `indices`, from the vector scaled once."""
+    return _GatherAll.apply(scale_vector(theta, counts), *indices)  # type: ignore[return-value, no-untyped-call]
+
+
+def _gathered_a(A: Tensor, B: Tensor) -> Tensor:
+    return A
+
+
+def _gathered_b(A: Tensor, B: Tensor) -> Tensor:
+    return B.t()
+
+
+register_halves(unilora_factors, _gathered_a, across=_gathered_b)
+register_common(unilora, 2, all_factors, unilora_factors)
 
 
 def balanced_indices(total: int, length: int, seed: int) -> np.ndarray:

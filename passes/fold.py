@@ -1,0 +1,161 @@
+"""Fold: what cannot change any more becomes constants.
+
+    op(x, *constants)                        ->   lora(x, A, B, 1.0)       projections, B R, alpha: two plain factors
+    linear(x, W, b) + glora(x, ..., fixed)   ->   linear(x, W', b')        a fixed path goes into weight and bias
+    f(constants)                             ->   its value                where an adapter reads it
+
+Runs on programs that own their tensors (`fg.capture`). Tensors in `swappable` are never folded, nor is anything that
+depends on them. Does not handle operators whose delta depends on the input otherwise than by a product (HydraLoRA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..rewriter.dialect import is_dialect, weight_form
+from ..rewriter.halves import split
+from ..rewriter.passbase import Pass, PassResult, Program, replace_meta
+from ..rewriter.sites import NoMatch
+from ..rewriter.targets import matches
+from .methods.lora import lora
+from .products import summed
+
+
+@dataclass(frozen=True)
+class Fold(Pass):
+    """See the module's A -> B lines. Not in place: the given program keeps its tensors.
+
+    Args:
+        swappable: names of tensors that stay as they are, as in `Spec.targets` (globs, `re:`, endings).
+    """
+
+    swappable: tuple[str, ...] = ()
+
+    in_place = False
+
+    def run(self, program: Program) -> PassResult:
+        values = _Constants(program.graph_module, self.swappable)
+        count, no_matches = 0, []
+        for node in list(program.graph.nodes):
+            if not is_dialect(node.target):
+                continue
+            result = self._weight(program, node, values) if node.target in weight_form else None
+            if result is None:
+                result = self._factors(program, node, values)
+            if isinstance(result, NoMatch):
+                no_matches.append(result)
+            else:
+                count += 1
+        if count:
+            program.graph.eliminate_dead_code()
+            _drop_unused(program.graph_module)
+        return PassResult(program, count > 0, count, tuple(no_matches))
+
+    def _factors(self, program: Program, node: fx.Node, values: _Constants) -> NoMatch | bool:
+        parts = split(node)
+        if isinstance(parts, NoMatch):
+            return parts
+        halves, x, arguments = parts
+        if halves.across is None:
+            return NoMatch("its up half is more than a product", node.name)
+        known = values.all(arguments, node)
+        if isinstance(known, NoMatch):
+            return known
+        if node.target is lora and arguments[-1] == 1:
+            return NoMatch("two plain factors already", node.name)
+        with torch.no_grad():
+            A, B = halves.down(*known), halves.across(*known)
+        self._replace(program, node, lora, x, (A, B), 1.0)
+        return True
+
+    def _weight(self, program: Program, node: fx.Node, values: _Constants) -> NoMatch | bool | None:
+        known = values.all(node.args[2:], node)  # behind x and the base's product
+        if isinstance(known, NoMatch):
+            return known
+        with torch.no_grad():
+            weight, bias = weight_form[node.target](*known)  # type: ignore[index]
+        x, base = node.args[0], None
+        users = [user for user in node.users if not isinstance(summed(user), NoMatch)]
+        if len(users) == 1 and len(node.users) == 1:
+            product, delta = summed(users[0])  # type: ignore[misc]
+            total = values.all((product.weight, product.bias), node)
+            if delta is node and product.x is x and not isinstance(total, NoMatch):
+                base = users[0]
+                weight = weight + (total[0].t() if product.transposed else total[0])
+                bias = bias if total[1] is None else total[1] if bias is None else bias + total[1]
+        self._replace(program, base or node, F.linear, x, (weight, bias))
+        return True
+
+    def _replace(
+        self, program: Program, node: fx.Node, target: Any, x: Any, tensors: tuple[Tensor | None, ...], *rest: Any
+    ) -> None:
+        module, graph = program.graph_module, program.graph
+        reads: list[fx.Node | None] = []
+        with graph.inserting_before(node):
+            for tensor in tensors:
+                if tensor is None:
+                    reads.append(None)
+                    continue
+                name = f"folded_{sum(1 for n, _ in module.named_buffers(recurse=False) if n.startswith('folded_'))}"
+                module.register_buffer(name, tensor.detach().contiguous())
+                reads.append(graph.get_attr(name))
+            new = graph.call_function(target, (x, *reads, *rest))
+        replace_meta(new, node, type(self).__name__)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+class _Constants:
+    """Values of the nodes that depend on nothing but tensors which stay as they are."""
+
+    def __init__(self, module: fx.GraphModule, swappable: tuple[str, ...]) -> None:
+        self.module, self.swappable = module, swappable
+        self._known: dict[fx.Node, Tensor | NoMatch] = {}
+
+    def all(self, arguments: tuple[Any, ...], at: fx.Node) -> list[Any] | NoMatch:
+        found = []
+        for argument in arguments:
+            value = self.of(argument) if isinstance(argument, fx.Node) else argument
+            if isinstance(value, NoMatch):
+                return NoMatch(value.reason, at.name)
+            found.append(value)
+        return found
+
+    def of(self, node: fx.Node) -> Any:
+        if node not in self._known:
+            self._known[node] = self._evaluate(node)
+        return self._known[node]
+
+    @torch.no_grad()
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            name = str(node.target)
+            if any(matches(name, pattern) for pattern in self.swappable):
+                return NoMatch(f"{name} is swappable", node.name)
+            owner: Any = self.module
+            for part in name.split("."):
+                owner = getattr(owner, part)
+            return owner
+        if node.op != "call_function" or not node.all_input_nodes:
+            return NoMatch(f"{node.name} is no constant", node.name)
+        arguments = self.all(node.args, node)
+        if isinstance(arguments, NoMatch) or node.kwargs:
+            return arguments if isinstance(arguments, NoMatch) else NoMatch("keyword arguments", node.name)
+        return node.target(*arguments)  # type: ignore[operator]
+
+
+def _drop_unused(module: fx.GraphModule) -> None:
+    """Let go of the tensors nobody reads any more."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        if name in read or any(name.startswith(f"{target}.") for target in read):
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner: nn.Module = module.get_submodule(path)
+        del (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf]
+    module.delete_all_unused_submodules()
