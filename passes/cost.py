@@ -96,7 +96,7 @@ def inline_merge_pays(rows: int | torch.SymInt | None, out: int, inner: int, ran
     m = machine(device)
     merged = out * inner * (16 / m.bytes + 2 * rank / m.flops) + m.call
     row = (_FLOAT * inner + 5 * _FLOAT * out) / m.bytes + 2 * rank * (inner + out) / m.flops
-    even = round((merged - 3 * m.call) / row)
+    even = max(1, round((merged - 3 * m.call) / row))  # three products of its own become one sum
     n, text = _hint(rows)
     if n is None:
         return Verdict(False, f"{text}; merging inside the graph would pay from {even} rows up")

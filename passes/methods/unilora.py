@@ -104,6 +104,19 @@ register_halves(unilora_factors, _gathered_a, across=_gathered_b)
 register_common(unilora, 2, all_factors, unilora_factors)
 
 
+def gathered_down(theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
+    """`A (r, in)`."""
+    return gather(scale_vector(theta, counts).to(index_a.device), index_a)
+
+
+def gathered_across(theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
+    """`B (out, r)`, a view of the transposed gather."""
+    return gather(scale_vector(theta, counts).to(index_b.device), index_b).t()
+
+
+register_halves(unilora, gathered_down, across=gathered_across)
+
+
 def balanced_indices(total: int, length: int, seed: int) -> np.ndarray:
     """`total` indices below `length`, each floor or ceil(total / length) times, shuffled.
 
