@@ -1,6 +1,8 @@
 """fxgraft: a model-surgery compiler that grafts parameter-efficient adapters by rewriting torch.fx graphs."""
 
 from . import passes
+from .backends.aot import package
+from .backends.aot_package import Package, load_package
 from .backends.inductor import compile
 from .exporters.adapterfile import export_ort_adapter
 from .exporters.checkpoint import load_adapter, save_adapter
@@ -23,6 +25,7 @@ from .rewriter.errors import (
     CheckpointError,
     FxgraftError,
     MergeError,
+    PackageError,
     SpecError,
     TargetError,
 )
@@ -47,6 +50,8 @@ __all__ = [
     "OnnxExport",
     "OrtSession",
     "PRoLoRA",
+    "Package",
+    "PackageError",
     "Program",
     "Spec",
     "SpecError",
@@ -69,8 +74,10 @@ __all__ = [
     "fix_paths",
     "get_paths",
     "load_adapter",
+    "load_package",
     "lora_breakdown",
     "merge",
+    "package",
     "passes",
     "remove",
     "remove_tenant",
