@@ -1,11 +1,9 @@
-"""`OrtSession`: one graph in ONNX Runtime, several adapters, any or none of them per run."""
+"""`OrtSession`: one graph in ONNX Runtime, many adapters, any or none of them per run."""
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,13 @@ import numpy as np
 
 from ..rewriter.errors import AdapterError, listing, near_misses
 from . import manifest
-from .adapterfile import ADAPTER_VERSION, TensorInfo, check_fit, export_ort_adapter, overlap, read_adapter
+from .adapterfile import ADAPTER_VERSION, STRUCTURED_VERSION, export_ort_adapter, read_adapter
+from .adapterfit import check_fit, overlap
 from .errors import SessionError
-
-_PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")
-
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """An adapter in memory: the rank of every site, its size, and its tensors on the session's device."""
-
-    name: str
-    ranks: dict[str, int]
-    bytes: int
-    values: dict[str, Any]
+from .expand import Expander
+from .ort_binding import Provider, device_of, run_bound, start
+from .ort_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
+from .ort_values import Device, TensorInfo, to_array, to_ort
 
 
 class OrtSession:
@@ -36,60 +27,69 @@ class OrtSession:
     session.load("a", "a.onnx_adapter")
     session.run({"input_ids": ids, "attention_mask": mask}, adapter="a")["logits"]
 
-    Runs may come from several threads at once. Loading while others run is safe: a run keeps the adapter it began with.
-    `inputs`, `outputs` and `adapter_inputs` describe the graph ({name: TensorInfo}), `providers` is what runs it.
+    Everything may be called from several threads at once. A run keeps the adapters it began with, also where another
+    thread replaces, unloads or evicts them meanwhile.
+
+    `inputs`, `outputs` and `adapter_inputs` describe the graph ({name: TensorInfo}), `providers` is what runs it,
+    `stats` counts loads, hits and evictions.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        providers: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
+        providers: Sequence[Provider] | None = None,
         *,
+        max_bytes: int | None = None,
         threads: int | None = None,
+        strict: bool = False,
+        binding: bool | None = None,
     ):
-        """providers=None is CUDA where this onnxruntime has it and it starts, the CPU otherwise; providers asked for
-        are the ones used, in order, or it is a `SessionError`. threads bounds the threads of one operator."""
+        """Open a graph.
+
+        providers   None is CUDA where this onnxruntime has it and it starts (a warning where it does not start), the
+                    CPU otherwise. Providers asked for are the ones used, in order, or it is a `SessionError`.
+        max_bytes   budget for the adapters in memory: the least recently used are dropped, and read from their files
+                    again when a run asks for them. None keeps all.
+        threads     bounds the threads of one operator.
+        strict      no node may run on the CPU; a graph with one that has no other kernel does not start.
+        binding     run with inputs bound to the device. None does so on CUDA and TensorRT, where it is the only way.
+        """
         import onnxruntime
 
         self.path = Path(path)
         if not self.path.is_file():
             raise SessionError(f"there is no graph {str(path)!r}")
-        available = onnxruntime.get_available_providers()
-        wanted = [entry if isinstance(entry, str) else entry[0] for entry in providers or ()]
-        absent = [name for name in wanted if name not in available]
-        if absent or (providers is not None and not wanted):
-            raise SessionError(
-                f"providers {listing(absent)} are not in this onnxruntime, which has {listing(available)}"
-            )
-        options = onnxruntime.SessionOptions()
-        # Severity 2 remarks on every overridable initializer, which is the point of these graphs.
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        choices = (
-            [list(providers)]
-            if providers is not None
-            else [[name for name in _PREFERRED[start:] if name in available] for start in range(len(_PREFERRED))]
-        )
-        self._session = _start(onnxruntime, self.path, options, choices)
+        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
+            raise SessionError(f"max_bytes={max_bytes!r}: give a whole number of bytes from 1 up, or None for no limit")
+        self._session = start(self.path, providers, threads, strict)
         self.providers: list[str] = self._session.get_providers()
-        lost = [name for name in wanted if name not in self.providers]
-        if lost:
-            raise SessionError(f"providers {listing(lost)} did not start; onnxruntime would run on {self.providers}")
-        self._onnxruntime = onnxruntime
-        self._device = "cuda" if self.providers[0].startswith(("CUDA", "Tensorrt")) else "cpu"
+        self.device: Device = device_of(self._session)
+        if binding is False and self.device.type != "cpu":
+            raise SessionError(f"binding=False: runs on {self.providers[0]} are always bound to the device")
+        self.binding = self.device.type != "cpu" if binding is None else bool(binding)
+        self._ortvalue = onnxruntime.OrtValue
         self.manifest = manifest.load(self._session.get_modelmeta().custom_metadata_map)
         self.inputs = _infos(self._session.get_inputs())
         self.outputs = _infos(self._session.get_outputs())
         self.adapter_inputs = _infos(self._session.get_overridable_initializers())
-        self._adapters: dict[str, LoadedAdapter] = {}
-        self._lock = threading.Lock()
+        self._expand = Expander()
+        self._cache = AdapterCache(self._read, max_bytes)
 
+    # -- adapters ----------------------------------------------------------------------------------------------------
     @property
     def adapters(self) -> dict[str, LoadedAdapter]:
-        """The loaded adapters by name (a copy)."""
-        with self._lock:
-            return dict(self._adapters)
+        """The adapters in memory by name (a copy)."""
+        return self._cache.loaded()
+
+    @property
+    def registered(self) -> dict[str, Path]:
+        """Every name the session knows, in memory or not, and its file (a copy)."""
+        return {name: source.path for name, source in self._cache.sources().items()}
+
+    @property
+    def stats(self) -> AdapterStats:
+        """Counters since the session began, and what is in memory now."""
+        return self._cache.stats
 
     def load(
         self,
@@ -100,50 +100,64 @@ class OrtSession:
         partial: bool = False,
         check_base: bool = True,
     ) -> LoadedAdapter:
-        """Read an `.onnx_adapter` file and keep it under `name`.
+        """Read an `.onnx_adapter` file, expand it where it is structured, and keep it under `name`.
 
-        replace      take the place of a loaded adapter of that name (otherwise an error).
+        replace      take the place of an adapter of that name (otherwise an error).
         partial      allow whole sites (or trained tensors) to be missing; they stay as in the base model.
         check_base   compare the base weights' fingerprint in the file with the graph's.
 
         Raises `CheckpointError` for a file that is damaged or something else, `AdapterError` where it does not fit the
-        graph (see `adapterfile.check_fit`). Nothing is loaded then.
+        graph (see `adapterfit.check_fit`) or the byte budget. Nothing is changed then.
         """
-        if not isinstance(name, str) or not name:
-            raise AdapterError(f"an adapter's name is a non-empty string, not {name!r}")
-        if not replace and name in self.adapters:
-            raise AdapterError(f"an adapter {name!r} is loaded already; pass replace=True, or unload it first")
+        adapter = self._cache.add(name, Source(Path(path), partial, check_base), load=True, fresh=not replace)
+        assert adapter is not None
+        return adapter
+
+    def register(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        replace: bool = False,
+        partial: bool = False,
+        check_base: bool = True,
+    ) -> None:
+        """Like `load`, but the file is read by the first run that asks for it; what is wrong with it is raised there.
+
+        Raises `AdapterError` where the name is taken or there is no such file.
+        """
+        if not Path(path).is_file():
+            raise AdapterError(f"register({name!r}, ...): there is no adapter file {str(path)!r}")
+        self._cache.add(name, Source(Path(path), partial, check_base), load=False, fresh=not replace)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Raises `AdapterError` where none has that name."""
+        self._cache.remove(name)
+
+    def _read(self, name: str, source: Source) -> tuple[LoadedAdapter, str]:
+        """One file, read, expanded, checked against the graph, and on the device."""
         if not self.adapter_inputs:
             raise AdapterError(
                 f"{str(self.path)!r} takes no adapters, it has no inputs for them: export it with adapters='swappable'"
             )
-        content = read_adapter(path)
-        ranks = check_fit(name, content.values, self.adapter_inputs, partial)
+        content = read_adapter(source.path)
+        values = content.values
+        if content.described is not None:
+            values = self._expand(content.described, values, f"adapter {name!r} in {str(source.path)!r}")
+        ranks = check_fit(name, values, self.adapter_inputs, source.partial)
         expected = (self.manifest or {}).get("fingerprint")
         # Files of other writers carry no fingerprint, and that of a partial adapter covers other sites by design.
-        ours = expected is not None and content.adapter_version == ADAPTER_VERSION
-        if check_base and ours and not partial and content.model_version != expected:
+        ours = expected is not None and content.adapter_version in (ADAPTER_VERSION, STRUCTURED_VERSION)
+        if source.check_base and ours and not source.partial and content.model_version != expected:
             raise AdapterError(
                 f"adapter {name!r} was trained on other base weights than this graph holds (fingerprint "
                 f"{content.model_version:08x}, the graph's is {expected:08x}); check_base=False loads it all the same"
             )
-        # Copies: the file's own values are views of a mapping that changes when somebody rewrites the file.
-        values = {key: self._place(value) for key, value in content.values.items()}
-        size = sum(value.tensor_size_in_bytes() for value in values.values())
-        adapter = LoadedAdapter(name, ranks, size, values)
-        with self._lock:
-            if not replace and name in self._adapters:
-                raise AdapterError(f"an adapter {name!r} is loaded already; pass replace=True, or unload it first")
-            self._adapters[name] = adapter
-        return adapter
+        size = sum(tensor.nbytes for tensor in values.values())
+        placed = {key: to_ort(tensor, self.device) for key, tensor in values.items()}
+        return LoadedAdapter(name, ranks, size, placed), content.digest()
 
-    def unload(self, name: str) -> None:
-        """Forget an adapter. Raises `AdapterError` where none has that name."""
-        with self._lock:
-            if name not in self._adapters:
-                raise AdapterError(self._absent(name))
-            del self._adapters[name]
-
+    # -- running -----------------------------------------------------------------------------------------------------
     def run(
         self,
         inputs: Mapping[str, Any],
@@ -154,8 +168,8 @@ class OrtSession:
         """Run the graph once and return {output name: array}.
 
         inputs       {name: numpy array, torch tensor or nested list} for every name in `inputs`, of the graph's dtypes.
-        adapter      a loaded adapter's name, None for the base model; a sequence of names for partial adapters that set
-                     different tensors.
+        adapter      a loaded or registered adapter's name, None for the base model; a sequence of names for partial
+                     adapters that set different tensors.
         adapter_ids  one adapter per row of the batch; needs a graph with a bank.
         outputs      the outputs to compute; None is all.
 
@@ -170,26 +184,25 @@ class OrtSession:
         unknown = [name for name in wanted if name not in self.outputs]
         if unknown or not wanted:
             raise SessionError(f"unknown outputs {listing(unknown)}; the graph has {listing(self.outputs)}")
-        feeds = {name: self._wrap(array) for name, array in self._check_inputs(inputs).items()}
-        feeds.update(self._active(adapter))
+        values = {name: self._wrap(array) for name, array in self._check_inputs(inputs).items()}
+        values.update(self._active(adapter))
         try:
-            results = self._session.run_with_ort_values(wanted, feeds, self._onnxruntime.RunOptions())
+            if self.binding:
+                results = run_bound(self._session, values, wanted)
+            else:
+                results = self._session.run_with_ort_values(wanted, values)
         except Exception as error:  # onnxruntime's classes share no base
             raise SessionError(f"onnxruntime failed on {str(self.path)!r}: {error}") from error
-        return {name: value.numpy() for name, value in zip(wanted, results, strict=True)}
+        return {name: to_array(value) for name, value in zip(wanted, results, strict=True)}
 
     def _active(self, adapter: str | Sequence[str] | None) -> dict[str, Any]:
         if adapter is None:
             return {}
-        names = [adapter] if isinstance(adapter, str) else list(adapter)
-        with self._lock:
-            absent = [name for name in names if name not in self._adapters]
-            if absent:
-                raise AdapterError(self._absent(absent[0]))
-            chosen = [self._adapters[name] for name in names]
+        if isinstance(adapter, str):
+            return self._cache.get(adapter).values
         values: dict[str, Any] = {}
         owner: dict[str, str] = {}
-        for one in chosen:
+        for one in [self._cache.get(name) for name in adapter]:
             shared = overlap(values, one.values)
             if shared:
                 raise AdapterError(
@@ -199,10 +212,6 @@ class OrtSession:
             values.update(one.values)
             owner.update(dict.fromkeys(one.values, one.name))
         return values
-
-    def _absent(self, name: str) -> str:
-        loaded = listing(self._adapters) if self._adapters else "none"
-        return f"no adapter {name!r} is loaded; loaded: {loaded}. Use load({name!r}, '<file>.onnx_adapter')"
 
     def _check_inputs(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if not isinstance(inputs, Mapping):
@@ -239,27 +248,11 @@ class OrtSession:
         return arrays
 
     def _wrap(self, array: np.ndarray) -> Any:
-        return self._onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)
-
-    def _place(self, value: Any) -> Any:
-        """A copy of an adapter tensor on the session's device; bfloat16 has no numpy form and stays where it is."""
-        return value if value.data_type() == "tensor(bfloat16)" else self._wrap(value.numpy().copy())
-
-
-def _start(onnxruntime: Any, path: Path, options: Any, choices: Sequence[Sequence[Any]]) -> Any:
-    """A session with the first of `choices` that starts."""
-    failed: Exception | None = None
-    for providers in choices:
-        try:
-            # onnxruntime's own fallback prints a banner and goes on on the CPU: never what was asked for.
-            return onnxruntime.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
-        except Exception as error:  # onnxruntime's classes share no base
-            failed = error
-    raise SessionError(f"onnxruntime cannot load {str(path)!r}: {failed}") from failed
+        return self._ortvalue.ortvalue_from_numpy(array, self.device.type, self.device.index)
 
 
 def _infos(values: Sequence[Any]) -> dict[str, TensorInfo]:
     return {value.name: TensorInfo(value.name, tuple(value.shape), value.type) for value in values}
 
 
-__all__ = ["LoadedAdapter", "OrtSession", "export_ort_adapter"]
+__all__ = ["AdapterStats", "LoadedAdapter", "OrtSession", "export_ort_adapter"]
