@@ -102,11 +102,16 @@ def package(
     else:
         axes, dims = given_axes(example, dynamic_shapes)
     check_sizes(example, axes)
+    if example.extra and dims:
+        raise ExportError(
+            f"{type(adapted).__name__}.forward takes {listing(example.extra)} through **{example.catch_all}, and "
+            "torch.export has no dynamic axes there: name them in forward, or fix every axis with dynamic_shapes={}"
+        )
     with staged(path, ".pt2") as folder, torch.no_grad(), _quiet():
         file = folder / Path(path).name
         output = _run(twin, example)
         outputs = named_tensors(output)
-        program = capture(twin, example.kwargs, example.shapes(dims))
+        program = capture(twin, example.kwargs, example.shapes(dims) if dims else None)
         assert program.exported is not None
         axes, limits = dynamic_axes(program.exported, axes, dims, dynamic_shapes is not None)
         graph_module = pipelines.inference(program).program.graph_module
@@ -124,8 +129,9 @@ def package(
         _compile(graph_module, example, options, file)
         del graph_module
         loaded = Package(file, manifest, states)
-        one_sized(loaded, twin, example, axes, tolerance or tolerance_of(twin), seed)
-        checks = verify(loaded, twin, example, axes, tolerance or tolerance_of(twin), seed)
+        limit = tolerance_of(twin) if tolerance is None else tolerance
+        one_sized(loaded, twin, example, axes, limit, seed)
+        checks = verify(loaded, twin, example, axes, limit, seed)
         manifest["parity"] = [vars(check) for check in checks]
         manifest["seconds"] = time.perf_counter() - started
         write(file, manifest, states)
