@@ -51,7 +51,7 @@ class AdapterFile:
             tensor = self.values[key]
             told.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
             if tensor.numel():
-                told.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return told.hexdigest()
 
 

@@ -59,6 +59,29 @@ def check_fit(
     return ranks
 
 
+def one_slot(stacks: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The stacks of a bank `(K, ...)` as inputs for one adapter, whose rank is free up to what `check_room` allows."""
+    slots = {}
+    for name, info in stacks.items():
+        shape = list(info.shape[1:])
+        site, _, leg = name.rpartition(".")
+        if leg in ("A", "B") and _partner(name) in stacks:
+            shape[1 if leg == "A" else 0] = f"{site}.rank"
+        slots[name] = TensorInfo(name, tuple(shape), info.type)
+    return slots
+
+
+def check_room(adapter: str, values: Mapping[str, torch.Tensor], stacks: Mapping[str, TensorInfo]) -> None:
+    """Raise `AdapterError` where an adapter's rank is larger than a slot's."""
+    for name, value in values.items():
+        room = stacks[name].shape[1:]
+        if any(isinstance(most, int) and size > most for size, most in zip(value.shape, room, strict=True)):
+            raise AdapterError(
+                f"adapter {adapter!r}: {name!r} is {tuple(value.shape)} and a slot of the bank takes up to {room}: "
+                "export the bank with a larger rank"
+            )
+
+
 def finite(tensor: torch.Tensor) -> bool:
     """Whether every value is finite. A finite sum says so in one pass; one that is not may only have overflowed."""
     if not tensor.is_floating_point() or math.isfinite(tensor.sum().item()):

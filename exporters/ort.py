@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from ..rewriter.errors import AdapterError, listing, near_misses
+from ..rewriter.errors import AdapterError, listing
 from . import manifest
 from .adapterfile import ADAPTER_VERSION, STRUCTURED_VERSION, export_ort_adapter, read_adapter
-from .adapterfit import check_fit, overlap
+from .adapterfit import check_fit, check_room, one_slot, overlap
 from .errors import SessionError
 from .expand import Expander
+from .ort_bank import Bank, stored
 from .ort_binding import Provider, device_of, run_bound, start
 from .ort_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
+from .ort_inputs import IDS, check_ids, check_inputs
 from .ort_values import Device, TensorInfo, to_array, to_ort
 
 
@@ -74,6 +77,13 @@ class OrtSession:
         self.adapter_inputs = _infos(self._session.get_overridable_initializers())
         self._expand = Expander()
         self._cache = AdapterCache(self._read, max_bytes)
+        self._bank: Bank | None = None
+        if IDS in self.inputs:
+            tenants = (self.manifest or {}).get("tenants", {})
+            self._bank = Bank(stored(self.path, list(self.adapter_inputs)), self._cache, self.device, tenants)
+            self._fits = one_slot(self.adapter_inputs)
+        else:
+            self._fits = self.adapter_inputs
 
     # -- adapters ----------------------------------------------------------------------------------------------------
     @property
@@ -87,9 +97,17 @@ class OrtSession:
         return {name: source.path for name, source in self._cache.sources().items()}
 
     @property
+    def slots(self) -> dict[str, int]:
+        """Of a graph with a bank: the tenants that sit in a slot now, and the slot. Tenants move; names stay."""
+        return self._bank.tenants() if self._bank is not None else {}
+
+    @property
     def stats(self) -> AdapterStats:
         """Counters since the session began, and what is in memory now."""
-        return self._cache.stats
+        stats = self._cache.stats
+        if self._bank is None:
+            return stats
+        return dataclasses.replace(stats, slot_fills=self._bank.fills, slot_evictions=self._bank.evictions)
 
     def load(
         self,
@@ -109,8 +127,13 @@ class OrtSession:
         Raises `CheckpointError` for a file that is damaged or something else, `AdapterError` where it does not fit the
         graph (see `adapterfit.check_fit`) or the byte budget. Nothing is changed then.
         """
+        self._check_new(name, replace)
         adapter = self._cache.add(name, Source(Path(path), partial, check_base), load=True, fresh=not replace)
         assert adapter is not None
+        if self._bank is not None:
+            self._bank.forget(name)
+            with self._bank.batch([name]):
+                pass  # it has a slot from here on, until others need the slot
         return adapter
 
     def register(
@@ -128,11 +151,23 @@ class OrtSession:
         """
         if not Path(path).is_file():
             raise AdapterError(f"register({name!r}, ...): there is no adapter file {str(path)!r}")
+        self._check_new(name, replace)
         self._cache.add(name, Source(Path(path), partial, check_base), load=False, fresh=not replace)
+        if self._bank is not None:
+            self._bank.forget(name)
 
     def unload(self, name: str) -> None:
         """Forget an adapter. Raises `AdapterError` where none has that name."""
+        if self._bank is not None and name in self._bank.baked and name not in self._cache.sources():
+            self._bank.forget(name)
+            return
         self._cache.remove(name)
+        if self._bank is not None:
+            self._bank.forget(name)
+
+    def _check_new(self, name: str, replace: bool) -> None:
+        if not replace and name in self.slots:
+            raise AdapterError(f"the graph has a tenant {name!r} already; pass replace=True, or unload it first")
 
     def _read(self, name: str, source: Source) -> tuple[LoadedAdapter, str]:
         """One file, read, expanded, checked against the graph, and on the device."""
@@ -144,7 +179,9 @@ class OrtSession:
         values = content.values
         if content.described is not None:
             values = self._expand(content.described, values, f"adapter {name!r} in {str(source.path)!r}")
-        ranks = check_fit(name, values, self.adapter_inputs, source.partial)
+        ranks = check_fit(name, values, self._fits, source.partial)
+        if self._bank is not None:
+            check_room(name, values, self.adapter_inputs)
         expected = (self.manifest or {}).get("fingerprint")
         # Files of other writers carry no fingerprint, and that of a partial adapter covers other sites by design.
         ours = expected is not None and content.adapter_version in (ADAPTER_VERSION, STRUCTURED_VERSION)
@@ -154,38 +191,48 @@ class OrtSession:
                 f"{content.model_version:08x}, the graph's is {expected:08x}); check_base=False loads it all the same"
             )
         size = sum(tensor.nbytes for tensor in values.values())
-        placed = {key: to_ort(tensor, self.device) for key, tensor in values.items()}
-        return LoadedAdapter(name, ranks, size, placed), content.digest()
+        # A bank copies a tenant into its stacks; elsewhere the values are fed as they are.
+        placed = values if self._bank else {key: to_ort(tensor, self.device) for key, tensor in values.items()}
+        return LoadedAdapter(name, ranks, size, dict(placed), source.serial), content.digest()
 
     # -- running -----------------------------------------------------------------------------------------------------
     def run(
         self,
         inputs: Mapping[str, Any],
         adapter: str | Sequence[str] | None = None,
-        adapter_ids: Sequence[int] | np.ndarray | None = None,
+        adapter_ids: Sequence[str | int | None] | np.ndarray | None = None,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
         """Run the graph once and return {output name: array}.
 
-        inputs       {name: numpy array, torch tensor or nested list} for every name in `inputs`, of the graph's dtypes.
+        inputs       {name: numpy array, torch tensor or nested list} for every name in `inputs` (but for
+                     `adapter_ids`), of the graph's dtypes.
         adapter      a loaded or registered adapter's name, None for the base model; a sequence of names for partial
                      adapters that set different tensors.
-        adapter_ids  one adapter per row of the batch; needs a graph with a bank.
+        adapter_ids  of a graph with a bank: the adapter of every sample, by name, or None for the base model. Tenants
+                     that are in no slot are brought into one; the least recently used make room, never one that
+                     another run is using. Slot numbers as in `slots` are taken as long as no slot has changed hands.
         outputs      the outputs to compute; None is all.
 
         Raises `SessionError` for inputs or outputs that do not fit, `AdapterError` for adapters.
         """
-        if adapter_ids is not None:
-            raise SessionError(
-                "adapter_ids needs a graph with a bank of adapters; this one takes one adapter for the whole batch "
-                "(adapter=)"
-            )
         wanted = list(self.outputs) if outputs is None else list(outputs)
         unknown = [name for name in wanted if name not in self.outputs]
         if unknown or not wanted:
             raise SessionError(f"unknown outputs {listing(unknown)}; the graph has {listing(self.outputs)}")
-        values = {name: self._wrap(array) for name, array in self._check_inputs(inputs).items()}
-        values.update(self._active(adapter))
+        if self._bank is None:
+            if adapter_ids is not None:
+                raise SessionError(
+                    "adapter_ids needs a graph with a bank of adapters (adapters='bank'); this one takes one adapter "
+                    "for the whole batch (adapter=)"
+                )
+            return self._run(check_inputs(inputs, self.inputs, bank=False), self._active(adapter), wanted)
+        arrays = check_inputs(inputs, self.inputs, bank=True)
+        with self._bank.batch(check_ids(arrays, self.inputs, adapter, adapter_ids)) as (slots, stacks):
+            return self._run({**arrays, IDS: slots}, stacks, wanted)
+
+    def _run(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
+        values = {**{name: self._wrap(array) for name, array in arrays.items()}, **values}
         try:
             if self.binding:
                 results = run_bound(self._session, values, wanted)
@@ -212,40 +259,6 @@ class OrtSession:
             values.update(one.values)
             owner.update(dict.fromkeys(one.values, one.name))
         return values
-
-    def _check_inputs(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        if not isinstance(inputs, Mapping):
-            raise SessionError(f"inputs is a {type(inputs).__name__}; give a dict with {listing(self.inputs)}")
-        unknown = [name for name in inputs if name not in self.inputs]
-        missing = [name for name in self.inputs if name not in inputs]
-        if unknown or missing:
-            said = [f"unknown {listing(unknown)}"] if unknown else []
-            said += [f"missing {listing(missing)}"] if missing else []
-            close = near_misses(unknown[0], self.inputs) if unknown else []
-            raise SessionError(
-                f"inputs do not fit the graph: {', '.join(said)}; it takes {listing(self.inputs)}"
-                + (f" (did you mean {close[0]!r}?)" if close else "")
-            )
-        arrays: dict[str, np.ndarray] = {}
-        sizes: dict[str, tuple[int, str]] = {}
-        for name, info in self.inputs.items():
-            given = inputs[name]
-            array = given.detach().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
-            if array.dtype.name != info.dtype:
-                raise SessionError(f"input {name!r} is {array.dtype.name}, the graph takes {info.dtype}")
-            if array.ndim != len(info.shape):
-                raise SessionError(f"input {name!r} has {array.ndim} dimensions {array.shape}, the graph takes {info}")
-            for axis, (want, got) in enumerate(zip(info.shape, array.shape, strict=True)):
-                if isinstance(want, int) and want != got:
-                    raise SessionError(f"input {name!r} has size {got} in axis {axis}, the graph takes {info}")
-                if isinstance(want, str):
-                    size, first = sizes.setdefault(want, (got, name))
-                    if size != got:
-                        raise SessionError(
-                            f"inputs {first!r} and {name!r} have different sizes in axis {want!r}: {size} and {got}"
-                        )
-            arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
-        return arrays
 
     def _wrap(self, array: np.ndarray) -> Any:
         return self._ortvalue.ortvalue_from_numpy(array, self.device.type, self.device.index)

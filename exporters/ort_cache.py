@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from ..rewriter.errors import AdapterError, listing
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter comes from, and how it is to be checked. `digest` is of the content it was accepted with."""
+    """Where an adapter comes from, and how it is to be checked. `digest` is of the content it was accepted with,
+    `serial` counts the adapters that names were given to."""
 
     path: Path
     partial: bool = False
     check_base: bool = True
     digest: str | None = None
+    serial: int = 0
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class LoadedAdapter:
     ranks: dict[str, int]
     bytes: int
     values: dict[str, Any]
+    serial: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class AdapterCache:
         self._gates: dict[str, threading.Lock] = {}
         self._lock = threading.RLock()
         self._stats = AdapterStats()
+        self._serials = itertools.count(1)
 
     @property
     def stats(self) -> AdapterStats:
@@ -90,6 +95,7 @@ class AdapterCache:
     def add(self, name: str, source: Source, load: bool, fresh: bool) -> LoadedAdapter | None:
         """Give a name to a file and, with `load`, bring it into memory. `fresh`: the name must be new."""
         self._check_name(name, fresh)
+        source = replace(source, serial=next(self._serials))
         adapter = None
         if load:
             adapter, digest = self._read(name, source)
@@ -129,6 +135,12 @@ class AdapterCache:
                     self._sources[name] = replace(source, digest=digest)
                     self._keep(adapter)
             return adapter
+
+    def serial(self, name: str) -> int:
+        """Which of all adapters the name stands for now."""
+        with self._lock:
+            self._known(name)
+            return self._sources[name].serial
 
     def remove(self, name: str) -> None:
         """Forget a name. Raises `AdapterError` where nothing has it."""

@@ -1,0 +1,82 @@
+"""What a run is fed, held against the graph: onnxruntime's own texts name neither the input nor the axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..rewriter.errors import listing, near_misses
+from .errors import SessionError
+from .ort_values import TensorInfo
+
+IDS = "adapter_ids"  # input of a graph with a bank: the slot of every sample
+
+
+def check_inputs(inputs: Mapping[str, Any], graph: Mapping[str, TensorInfo], bank: bool) -> dict[str, np.ndarray]:
+    """Contiguous arrays for every input of the graph, `adapter_ids` of a bank excepted.
+
+    Raises `SessionError` for unknown and missing names, other dtypes and shapes, and sizes that do not fit each other.
+    """
+    if not isinstance(inputs, Mapping):
+        raise SessionError(f"inputs is a {type(inputs).__name__}; give a dict with {listing(graph)}")
+    if IDS in inputs and bank:
+        raise SessionError(f"give {IDS} as run(inputs, {IDS}=[...]): onnxruntime does not check what is in inputs")
+    expected = {name: info for name, info in graph.items() if name != IDS or not bank}
+    unknown = [name for name in inputs if name not in expected]
+    missing = [name for name in expected if name not in inputs]
+    if unknown or missing:
+        said = [f"unknown {listing(unknown)}"] if unknown else []
+        said += [f"missing {listing(missing)}"] if missing else []
+        close = near_misses(unknown[0], expected) if unknown else []
+        raise SessionError(
+            f"inputs do not fit the graph: {', '.join(said)}; it takes {listing(expected)}"
+            + (f" (did you mean {close[0]!r}?)" if close else "")
+        )
+    arrays: dict[str, np.ndarray] = {}
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, info in expected.items():
+        given = inputs[name]
+        array = given.detach().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
+        if array.dtype.name != info.dtype:
+            raise SessionError(f"input {name!r} is {array.dtype.name}, the graph takes {info.dtype}")
+        if array.ndim != len(info.shape):
+            raise SessionError(f"input {name!r} has {array.ndim} dimensions {array.shape}, the graph takes {info}")
+        for axis, (want, got) in enumerate(zip(info.shape, array.shape, strict=True)):
+            if isinstance(want, int) and want != got:
+                raise SessionError(f"input {name!r} has size {got} in axis {axis}, the graph takes {info}")
+            if isinstance(want, str):
+                size, first = sizes.setdefault(want, (got, name))
+                if size != got:
+                    raise SessionError(
+                        f"inputs {first!r} and {name!r} have different sizes in axis {want!r}: {size} and {got}"
+                    )
+        arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
+    return arrays
+
+
+def check_ids(
+    arrays: Mapping[str, np.ndarray], graph: Mapping[str, TensorInfo], adapter: Any, adapter_ids: Any
+) -> list[str | int | None]:
+    """The adapter of every sample: a name, a slot, or None. Raises `SessionError` where it is not one per sample."""
+    axis = graph[IDS].shape[0]
+    sizes = {
+        array.shape[i]
+        for name, array in arrays.items()
+        for i, dim in enumerate(graph[name].shape)
+        if dim == axis and isinstance(dim, str)
+    }
+    batch = sizes.pop() if sizes else axis
+    if adapter_ids is None:
+        if not (adapter is None or isinstance(adapter, str)) or not isinstance(batch, int):
+            raise SessionError("give adapter_ids, one name (or None) for every sample")
+        return [adapter] * batch
+    if adapter is not None:
+        raise SessionError("give adapter= for the whole batch or adapter_ids= for its samples, not both")
+    ids = adapter_ids.tolist() if hasattr(adapter_ids, "tolist") else adapter_ids
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        raise SessionError(f"adapter_ids={adapter_ids!r}: give a list with a name (or None) for every sample")
+    if isinstance(batch, int) and len(ids) != batch:
+        raise SessionError(f"adapter_ids has {len(ids)} entries, the batch has {batch} samples")
+    return list(ids)
