@@ -1,18 +1,21 @@
-"""Compiled forward and training step of adapted models, against the compiled base.
+"""Compiled inference, training, banks and decoding of adapted models, against the compiled base; memory, compile time.
 
-`fg.compile` of both methods, the same adapted models through plain Inductor (what the passes bring), and HF PEFT
-through plain Inductor. A graph break or a recompilation of a model of ours is an error here, not a slow row: Dynamo
-falls back to eager silently past its recompilation limit, and the figures would compare something else.
+A graph break or a recompilation of a model of ours is an error here, not a slow row: Dynamo falls back to eager
+silently past its recompilation limit, and the figures would compare something else.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
+import costs
+import decode
 import harness
+import plot
 import subjects
+import tenants
 import torch
 import torch._dynamo
 from subjects import Subject
@@ -23,19 +26,11 @@ import fxgraft as fg
 
 # All candidates are instances of one class and share its code object, to which Dynamo's limit applies.
 RECOMPILE_LIMIT = 64
+WHAT = ("inference", "training", "bank", "decode", "memory", "compile-time")
 
 
 class Broken(RuntimeError):
     """A model that must compile to one graph did not."""
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A compiled candidate and what Dynamo did when it was first called."""
-
-    candidate: harness.Candidate
-    graphs: int
-    breaks: int
 
 
 def first_calls(name: str, call: Callable[[], object], strict: bool) -> tuple[int, int]:
@@ -53,33 +48,44 @@ def first_calls(name: str, call: Callable[[], object], strict: bool) -> tuple[in
     return graphs, breaks
 
 
-def variants(base: nn.Module, adapted: list[Subject], peft_too: bool) -> list[tuple[Subject, nn.Module, bool]]:
-    """(subject, compiled model, whether it must be one graph)."""
-    compiled = [(Subject("compiled base", base), torch.compile(base), True)]
-    for subject in adapted:
-        if subject.beside is None:
-            if peft_too:
+Variant = tuple[Subject, nn.Module, bool]  # what it is, the compiled model, whether it must be one graph
+
+
+def variants(
+    base: nn.Module, targets: tuple[str, ...], length: int, inputs: torch.Tensor, training: bool, options: object
+) -> list[Variant]:
+    """Every method through `fg.compile`, PEFT through Inductor; asked for, ours through plain Inductor as well."""
+    frozen = subjects.frozen(base)
+    compiled: list[Variant] = [(Subject("compiled base", frozen), torch.compile(frozen), True)]
+    ours = subjects.adapters(base, targets, length)
+    ours += [Subject(n, subjects.rewritten(base, m, targets)) for n, m in subjects.SERVED.items()]
+    if training:
+        ours.append(Subject("fxgraft GLoRA supernet", subjects.rewritten(base, fg.GLoRA(4), targets)))
+    for subject in ours:
+        if subject.name.startswith("PEFT"):
+            if not options.no_peft:
                 compiled.append((subject, torch.compile(subject.model), False))
             continue
-        beside = subject.beside if peft_too else None
-        plain = Subject(f"{subject.name}, plain Inductor", subject.model, beside)
-        compiled.append((plain, torch.compile(subject.model), True))
+        beside = None if options.no_peft else subject.beside
         compiled.append((Subject(subject.name, subject.model, beside), fg.compile(subject.model), True))
+        if options.plain:
+            plain = Subject(f"{subject.name}, plain Inductor", subject.model, beside)
+            compiled.append((plain, torch.compile(subject.model), True))
+    if not training:
+        glora = subjects.rewritten(base, fg.GLoRA(4, subjects.GLORA_PATH), targets)
+        program = fg.capture(glora, {"inputs_embeds": inputs})
+        folded = fg.passes.pipelines.frozen(program).program.graph_module
+        compiled.append((Subject("fxgraft GLoRA, path folded", folded), torch.compile(folded), True))
+        merged = fg.merge(subjects.rewritten(base, fg.LoRA(rank=subjects.LORA_RANK), targets))
+        compiled.append((Subject("fxgraft LoRA, merged", merged), torch.compile(merged), True))
     return compiled
 
 
-def group(
-    report: harness.Report,
-    title: str,
-    models: list[tuple[Subject, nn.Module, bool]],
-    shape: tuple[int, int],
-    width: int,
-    training: bool,
-) -> None:
-    inputs = subjects.embeddings(*shape, width, requires_grad=training)
+def group(report: harness.Report, title: str, models: list[Variant], inputs: torch.Tensor, training: bool) -> None:
     ready = []
     for subject, model, strict in models:
-        subject.model.train(training)
+        if not isinstance(subject.model, torch.fx.GraphModule):  # an exported graph has its mode in it
+            subject.model.train(training)
         if training:
             call, clear = subjects.training_step(model, inputs)
         else:
@@ -94,36 +100,45 @@ def group(
 
 def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0], rounds=60, quick_rounds=3)
-    parser.add_argument("--targets", choices=("qv", "all", "both"), default="both", help="which linears get an adapter")
-    parser.add_argument("--what", choices=("forward", "training", "both"), default="both", help="what is timed")
+    parser.add_argument("--targets", choices=("qv", "all"), default="all", help="which linears get an adapter")
+    parser.add_argument("--what", choices=WHAT, nargs="+", default=WHAT, help="what is measured")
+    parser.add_argument("--shapes", nargs="+", default=["8x128", "1x16"], help="batch x tokens")
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT out: its compilation takes longest")
+    parser.add_argument("--plain", action="store_true", help="our models through plain Inductor as well")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios of the JSON file, which it needs")
     options = parser.parse_args()
+    if options.plot and not options.json:
+        parser.error("--plot draws what --json wrote: give both")
     report = harness.start("compile", options)
 
     layers, width = (2, 256) if options.quick else (4, 768)
-    shapes = ((2, 16),) if options.quick else subjects.SHAPES
+    shapes = ["2x16"] if options.quick else options.shapes
     length = 4096 if options.quick else subjects.UNILORA_LENGTH
-    base = subjects.bert(layers, width)
-    for name, targets in (("query, value", subjects.QUERY_VALUE), ("all linears", subjects.ALL_LINEAR)):
-        if options.targets not in ("both", "qv" if targets is subjects.QUERY_VALUE else "all"):
-            continue
-        adapted = subjects.adapters(base, targets, length)
+    targets = subjects.QUERY_VALUE if options.targets == "qv" else subjects.ALL_LINEAR
+    for what in [w for w in ("inference", "training") if w in options.what]:
         for shape in shapes:
-            for training in (False, True):
-                if options.what == ("forward" if training else "training"):
-                    continue
-                # Every group compiles afresh, for its own shape: no group runs code made general by an earlier one.
-                torch._dynamo.reset()
-                with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-                    group(
-                        report,
-                        f"{'Training step' if training else 'Forward'}, compiled: BERT, {layers} layers, {width} wide, "
-                        f"{shape[0]} x {shape[1]}, adapters on {name}",
-                        variants(subjects.frozen(base), adapted, not options.no_peft),
-                        shape,
-                        width,
-                        training,
-                    )
+            batch, tokens = map(int, shape.split("x"))
+            training = what == "training"
+            inputs = subjects.embeddings(batch, tokens, width, requires_grad=training)
+            # Every group compiles afresh, for its own shape: no group runs code made general by an earlier one.
+            torch._dynamo.reset()
+            base = subjects.bert(layers, width)
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                models = variants(base, targets, length, inputs, training, options)
+                title = (
+                    f"{what.capitalize()}, compiled: BERT, {layers} layers, {width} wide, {shape}, {options.targets}"
+                )
+                group(report, title, models, inputs, training)
+    if "bank" in options.what:
+        tenants.measure(report, quick=options.quick)
+    if "decode" in options.what:
+        decode.measure(report, quick=options.quick)
+    if "memory" in options.what:
+        costs.memory(report, quick=options.quick)
+    if "compile-time" in options.what:
+        costs.compile_time(report, quick=options.quick)
+    if options.plot:
+        plot.ratios(options.json, options.plot)
 
 
 if __name__ == "__main__":

@@ -334,6 +334,6 @@ def start(benchmark: str, options: argparse.Namespace) -> Report:
         options.rounds = options.quick_rounds if options.quick else options.default_rounds
     if options.rounds < 1:
         raise SystemExit("--rounds: allowed are whole numbers from 1 up")
-    skipped = {"json", "default_rounds", "quick_rounds"}
+    skipped = {"json", "plot", "default_rounds", "quick_rounds"}
     shown = {key: value for key, value in vars(options).items() if key not in skipped}
     return Report(benchmark, shown, options.json)

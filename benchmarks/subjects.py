@@ -80,6 +80,29 @@ def structured(base: nn.Module, targets: tuple[str, ...]) -> list[Subject]:
     return [*subjects, Subject("PEFT GLoRA", glora)]
 
 
+#: what `compile.py` serves and trains beside LoRA and Uni-LoRA, at comparable ranks
+SERVED = {
+    "fxgraft LoRA-XS r8": fg.LoRAXS(rank=8),
+    "fxgraft PRoLoRA r8": fg.PRoLoRA(rank=8, unshared=1, a_chunks=7, b_chunks=7),
+    "fxgraft HydraLoRA r4 N3": fg.HydraLoRA(rank=4, experts=3),
+}
+GLORA_PATH = fg.GLoRAPath(A="lora", B="lora", C="lora", D="vector", E="vector")
+
+
+def rewritten(
+    base: nn.Module,
+    method: fg.LoRA | fg.LoRAXS | fg.PRoLoRA | fg.HydraLoRA | fg.GLoRA | fg.UniLoRA,
+    targets: tuple[str, ...],
+) -> nn.Module:
+    """An adapted copy of the base whose deltas are not zero."""
+    adapted = fg.rewrite(copy.deepcopy(base), fg.Spec(method, targets=list(targets))).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 1e-3)
+    return adapted
+
+
 def adapters(base: nn.Module, targets: tuple[str, ...], length: int = UNILORA_LENGTH) -> list[Subject]:
     """Both methods in both libraries, each on its own copy of the base: shared weights would favour the second caller
     of a pair, which finds them in the cache."""
