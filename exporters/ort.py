@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..rewriter.errors import AdapterError, listing
 from . import manifest
@@ -19,7 +20,7 @@ from .expand import Expander
 from .ort_bank import Bank, stored
 from .ort_binding import Provider, device_of, run_bound, start
 from .ort_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
-from .ort_inputs import IDS, check_ids, check_inputs
+from .ort_inputs import IDS, Array, check_ids, check_inputs
 from .ort_values import Device, TensorInfo, to_array, to_ort
 
 
@@ -231,7 +232,7 @@ class OrtSession:
         with self._bank.batch(check_ids(arrays, self.inputs, adapter, adapter_ids)) as (slots, stacks):
             return self._run({**arrays, IDS: slots}, stacks, wanted)
 
-    def _run(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
+    def _run(self, arrays: Mapping[str, Array], values: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
         values = {**{name: self._wrap(array) for name, array in arrays.items()}, **values}
         try:
             if self.binding:
@@ -260,7 +261,9 @@ class OrtSession:
             owner.update(dict.fromkeys(one.values, one.name))
         return values
 
-    def _wrap(self, array: np.ndarray) -> Any:
+    def _wrap(self, array: Array) -> Any:
+        if isinstance(array, torch.Tensor):
+            return to_ort(array, self.device)
         return self._ortvalue.ortvalue_from_numpy(array, self.device.type, self.device.index)
 
 

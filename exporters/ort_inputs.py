@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..rewriter.errors import listing, near_misses
 from .errors import SessionError
 from .ort_values import TensorInfo
 
+Array = np.ndarray | torch.Tensor
 IDS = "adapter_ids"  # input of a graph with a bank: the slot of every sample
 
 
-def check_inputs(inputs: Mapping[str, Any], graph: Mapping[str, TensorInfo], bank: bool) -> dict[str, np.ndarray]:
-    """Contiguous arrays for every input of the graph, `adapter_ids` of a bank excepted.
+def check_inputs(inputs: Mapping[str, Any], graph: Mapping[str, TensorInfo], bank: bool) -> dict[str, Array]:
+    """Contiguous arrays for every input of the graph, `adapter_ids` of a bank excepted; bfloat16, which numpy lacks,
+    stays a torch tensor.
 
     Raises `SessionError` for unknown and missing names, other dtypes and shapes, and sizes that do not fit each other.
     """
@@ -34,13 +37,13 @@ def check_inputs(inputs: Mapping[str, Any], graph: Mapping[str, TensorInfo], ban
             f"inputs do not fit the graph: {', '.join(said)}; it takes {listing(expected)}"
             + (f" (did you mean {close[0]!r}?)" if close else "")
         )
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Array] = {}
     sizes: dict[str, tuple[int, str]] = {}
     for name, info in expected.items():
-        given = inputs[name]
-        array = given.detach().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
-        if array.dtype.name != info.dtype:
-            raise SessionError(f"input {name!r} is {array.dtype.name}, the graph takes {info.dtype}")
+        array = _array(inputs[name])
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype != info.dtype:
+            raise SessionError(f"input {name!r} is {dtype}, the graph takes {info.dtype}")
         if array.ndim != len(info.shape):
             raise SessionError(f"input {name!r} has {array.ndim} dimensions {array.shape}, the graph takes {info}")
         for axis, (want, got) in enumerate(zip(info.shape, array.shape, strict=True)):
@@ -52,12 +55,20 @@ def check_inputs(inputs: Mapping[str, Any], graph: Mapping[str, TensorInfo], ban
                     raise SessionError(
                         f"inputs {first!r} and {name!r} have different sizes in axis {want!r}: {size} and {got}"
                     )
-        arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
+        arrays[name] = array
     return arrays
 
 
+def _array(given: Any) -> Array:
+    if isinstance(given, torch.Tensor):
+        tensor = given.detach().cpu().contiguous()
+        return tensor if tensor.dtype is torch.bfloat16 else tensor.numpy()
+    array = np.asarray(given)
+    return np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar one-dimensional
+
+
 def check_ids(
-    arrays: Mapping[str, np.ndarray], graph: Mapping[str, TensorInfo], adapter: Any, adapter_ids: Any
+    arrays: Mapping[str, Array], graph: Mapping[str, TensorInfo], adapter: Any, adapter_ids: Any
 ) -> list[str | int | None]:
     """The adapter of every sample: a name, a slot, or None. Raises `SessionError` where it is not one per sample."""
     axis = graph[IDS].shape[0]

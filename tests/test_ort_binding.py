@@ -10,6 +10,7 @@ import onnx_models as models
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper, save
 
 import fxgraft as fg
 from fxgraft.exporters import ort_binding
@@ -212,3 +213,16 @@ def test_values_of_every_dtype(dtype, shape):
     wide = to_array(value)
     assert wide.dtype.name == ("float32" if dtype is torch.bfloat16 else str(dtype).removeprefix("torch."))
     np.testing.assert_array_equal(wide, (tensor.float() if dtype is torch.bfloat16 else tensor).numpy())
+
+
+@pytest.mark.parametrize("binding", [False, True])
+def test_bfloat16_inputs_and_outputs(tmp_path, binding):
+    node = helper.make_node("Identity", ["x"], ["y"])
+    ends = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["n", 2]) for name in "xy"]
+    graph = helper.make_graph([node], "same", ends[:1], ends[1:])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "m.onnx")
+    session = OrtSession(tmp_path / "m.onnx", binding=binding)
+    x = torch.randn(3, 2).bfloat16()
+    np.testing.assert_array_equal(session.run({"x": x.t().contiguous().t()})["y"], x.float().numpy())
+    with pytest.raises(SessionError, match="input 'x' is float32, the graph takes bfloat16"):
+        session.run({"x": x.float()})
