@@ -7,6 +7,7 @@ Works for training and inference. Dialect nodes that no pass rewrites decompose 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,15 @@ from torch import fx, nn
 
 from ..passes.pipelines import pipeline_for
 from ..rewriter.errors import FxgraftError
+from ..rewriter.explain import COMPILED, CompileNote, note_of
 from ..rewriter.passbase import Program
+from ..rewriter.state import unwrap
 
 
-def fxgraft(gm: fx.GraphModule, example_inputs: list[torch.Tensor], **kwargs: Any) -> Callable[..., Any]:
-    """Compile one Dynamo graph. Accepts Inductor's `mode` and `options`."""
+def fxgraft(
+    gm: fx.GraphModule, example_inputs: list[torch.Tensor], *, notes: list[CompileNote] | None = None, **kwargs: Any
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph. Accepts Inductor's `mode` and `options`; what the passes did is added to `notes`."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -28,7 +33,10 @@ def fxgraft(gm: fx.GraphModule, example_inputs: list[torch.Tensor], **kwargs: An
     if kwargs:
         raise FxgraftError(f"backend 'fxgraft' does not know {sorted(kwargs)}; allowed are mode and options")
     program = Program(gm, tuple(example_inputs), training=torch.is_grad_enabled())
-    result = pipeline_for(program)(program)
+    pipeline = pipeline_for(program)
+    result = pipeline(program)
+    if notes is not None:
+        notes.append(note_of(pipeline.name, result))
     compiled: Any = compile_fx(result.program.graph_module, example_inputs, config_patches=patches)
     return compiled
 
@@ -47,9 +55,11 @@ def compile(model: nn.Module, **options: Any) -> Any:
     Args:
         options: those of `torch.compile`; `mode` and `options` are Inductor's.
 
-    `set_active`, `disabled`, `swap` and `explain` take the compiled model as well as the model inside.
+    `set_active`, `disabled`, `swap` and `explain` take the compiled model as well as the model inside; `explain` also
+    says what the passes made of each graph that was compiled, and why they left the rest.
     """
     if "backend" in options:
         raise FxgraftError("fg.compile always uses the backend 'fxgraft'; call torch.compile for another one")
-    register()
-    return torch.compile(model, backend="fxgraft", **options)
+    notes: list[CompileNote] = []
+    unwrap(model).__dict__[COMPILED] = notes
+    return torch.compile(model, backend=functools.partial(fxgraft, notes=notes), **options)

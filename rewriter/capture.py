@@ -58,6 +58,10 @@ def _freeze(value: Any) -> Any:
     return _Same(value)
 
 
+def _is_bookkeeping(attribute: str) -> bool:
+    return attribute in _BOOKKEEPING or "_hooks" in attribute or attribute.startswith("_fxgraft")
+
+
 def signature(module: nn.Module) -> tuple[Any, ...]:
     """What decides the graph of a module: its class, its tensors' shapes and dtypes, its plain attributes."""
     tensors = itertools.chain(module._parameters.items(), module._buffers.items())
@@ -65,7 +69,7 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
         type(module),
         tuple((n, None if t is None else (tuple(t.shape), t.dtype)) for n, t in tensors),
         tuple((n, type(m)) for n, m in module._modules.items()),
-        tuple((k, _freeze(v)) for k, v in module.__dict__.items() if k not in _BOOKKEEPING and "_hooks" not in k),
+        tuple((k, _freeze(v)) for k, v in module.__dict__.items() if not _is_bookkeeping(k)),
     )
 
 

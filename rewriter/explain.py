@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .api import adapter_modules, trained_modules
+from .graft import PROVENANCE
+from .passbase import PassResult
 from .state import AdapterTensors, base_modules, state_of, unwrap
 
 
@@ -34,11 +37,44 @@ class Row:
     made_by: str
 
 
+COMPILED = "_fxgraft_compiled"  # attribute of a compiled model's root: a note for each graph
+
+
+@dataclass(frozen=True)
+class CompileNote:
+    """What a pipeline made of one graph.
+
+    Args:
+        pipeline: its name.
+        made: `(pass, reason) -> nodes` it made; the reason is empty where there was no choice.
+        left: `reason -> nodes` that were looked at and left.
+    """
+
+    pipeline: str
+    made: dict[tuple[str, str], int]
+    left: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"compiled with the pipeline {self.pipeline}:"]
+        for (made_by, reason), count in self.made.items():
+            lines.append(f"  {made_by} made {count} nodes" + (f" ({reason})" if reason else ""))
+        lines += [f"  left {count} as they were: {reason}" for reason, count in self.left.items()]
+        return "\n".join(lines)
+
+
+def note_of(pipeline: str, result: PassResult) -> CompileNote:
+    """The note for a pipeline's result."""
+    marks = [node.meta[PROVENANCE] for node in result.program.graph.nodes if PROVENANCE in node.meta]
+    made = Counter((mark.made_by, mark.reason) for mark in marks if mark.made_by != "graft")
+    return CompileNote(pipeline, dict(made), dict(Counter(no_match.reason for no_match in result.no_matches)))
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Every adapter of a model. `print` it for the table.
 
     Attributes:
+        compiled: a note for each graph that `fg.compile` has compiled.
         rows: one `Row` per site, group of shared tensors and trained module, of all adapters.
         active: names of the active adapters.
         base: number of base parameters.
@@ -47,6 +83,7 @@ class Explanation:
     rows: tuple[Row, ...]
     active: tuple[str, ...]
     base: int
+    compiled: tuple[CompileNote, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -78,7 +115,7 @@ class Explanation:
         return (
             f"{out.getvalue()}{self.trainable:,} trainable parameters ({share:.4%} of {self.base:,}), "
             f"{self.bytes:,} bytes beside the base"
-        )
+        ) + "".join(f"\n{note}" for note in self.compiled)
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
@@ -116,4 +153,5 @@ def explain(model: nn.Module) -> Explanation:
             shapes, count = {n: tuple(t.shape) for n, t in held.items()}, sum(p.numel() for p in module.parameters())
             rows.append(Row(name, "trained", path, "full", "", shapes, count, _bytes(held), record.created_by))
     unique = {id(p): p for m in modules.values() for p in m._parameters.values() if p is not None}
-    return Explanation(tuple(rows), state.active, sum(p.numel() for p in unique.values()))
+    base = sum(p.numel() for p in unique.values())
+    return Explanation(tuple(rows), state.active, base, tuple(root.__dict__.get(COMPILED, ())))

@@ -70,7 +70,7 @@ def is_pure(target: object) -> bool:
 
 def split(node: fx.Node) -> tuple[Halves, fx.Node, tuple[Any, ...]] | NoMatch:
     """The halves of a dialect node, its input and its other arguments."""
-    halves = _halves.get(node.target)  # type: ignore[arg-type]
+    halves = _halves.get(node.target)  # type: ignore[call-overload]
     if halves is None:
         return NoMatch(f"{node.target} is no low-rank operator", node.name)
     if node.kwargs:

@@ -147,3 +147,19 @@ def test_inductor_options_are_passed_on(mlp):
     adapted = perturb(fg.rewrite(mlp, fg.Spec(fg.LoRA(2), ["up"])))
     compiled = fg.compile(adapted, options={"fallback_random": True})
     torch.testing.assert_close(compiled(torch.ones(2, 7)), adapted(torch.ones(2, 7)), rtol=1e-4, atol=1e-5)
+
+
+def test_explain_says_what_the_passes_did(bert, ids):
+    adapted = perturb(
+        fg.rewrite(bert, fg.Spec(fg.UniLoRA(rank=2, vector_length=64), targets=["query", "key", "value"]))
+    )
+    fast = fg.compile(adapted)
+    assert fg.explain(fast).compiled == ()
+    with torch.no_grad():
+        fast(ids)
+    (note,) = fg.explain(fast).compiled
+    assert note.pipeline == "inference" and sum(note.made.values()) > 0
+    made_by = {made_by for made_by, _ in note.made}
+    assert "Share" in made_by and made_by & {"Choose", "Siblings"}
+    text = str(fg.explain(adapted))
+    assert "compiled with the pipeline inference:" in text and "rows" in text
