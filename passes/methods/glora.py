@@ -24,6 +24,7 @@ from ...rewriter.graft import PROVENANCE, Emitter
 from ...rewriter.method import Decl, Declaration, InitContext, Method, Tensors, check_positive_int, check_rank
 from ...rewriter.sites import Site
 from .glora_path import COLUMNS, PATHS, GLoRAPath, draw_mask, path_from_dict
+from .glora_supernet import scaled_linear
 
 TENSORS = ("Ad", "Au", "Bd", "Bu", "Cd", "Cu", "D", "E")
 
@@ -189,6 +190,12 @@ def glora_supernet(x: Tensor, weight: Tensor, bias: Tensor | None, Ad: Tensor, A
         return value * m[name, "vector"] + value[:1] * m[name, "constant"]
 
     C = (Cd @ Cu) * m["C", "lora"] + Cd[:, :1] * m["C", "vector"]
+    if keep and not weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        shift = _shift(weight, bias, C, None, None if D is None else line("D", D), line("E", E))
+        down, up = product("B", Bd, Bu)
+        rest = F.linear(F.linear(x, up.to(x.dtype)), down.to(x.dtype), None if shift is None else shift.to(x.dtype))
+        within = bias if biased else None
+        return scaled_linear(x, weight, within, *product("A", Ad, Au), m["A", "lora"]) + rest
     return glora(
         x, None, weight, bias, *product("A", Ad, Au), *product("B", Bd, Bu), C, None,
         None if D is None else line("D", D), line("E", E), keep, biased,
