@@ -159,7 +159,8 @@ lora_3 = fxgraft.lora(mul_1, out_fxgraft_default_a, out_fxgraft_default_b, 8.0)"
 def test_siblings_print():
     result = Siblings(always=True)(captured(adapted(METHODS["lora"])))
     assert result.count == 3
-    ours = [line for line in printed(result.program).splitlines() if re.search("lora|go_down", line) and "add" not in line]
+    lines = printed(result.program).splitlines()
+    ours = [line for line in lines if re.search("lora|go_down", line) and "add" not in line]
     assert "\n".join(ours) == GOLDEN_SIBLINGS
     ups = [n for n in result.program.graph.nodes if n.name.startswith("lora_up")]
     assert all(n.meta["fxgraft"].made_by == "Siblings" for n in ups)

@@ -13,13 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _library = torch.library.Library("fxgraft_kernels", "FRAGMENT")
-_library.define(
-    "scaled_linear(Tensor x, Tensor weight, Tensor? bias, Tensor P, Tensor Q, Tensor low_rank) -> (Tensor, Tensor)"
-)
-_library.define(
-    "scaled_linear_backward(Tensor g, Tensor x, Tensor y0, Tensor weight, Tensor? bias, Tensor P, Tensor Q, Tensor low_rank) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+_TENSORS = "Tensor weight, Tensor? bias, Tensor P, Tensor Q, Tensor low_rank"
+_library.define(f"scaled_linear(Tensor x, {_TENSORS}) -> (Tensor, Tensor)")
+_library.define(f"scaled_linear_backward(Tensor g, Tensor x, Tensor y0, {_TENSORS}) -> (Tensor, Tensor, Tensor)")
 
 
 def effective(weight: Tensor, P: Tensor, Q: Tensor) -> Tensor:
