@@ -55,14 +55,17 @@ def floating(tensors: Tensors) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-def own_tensors(adapted: torch.nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors as the method keeps them: trainable and frozen ones, and the trained modules'."""
+def own_tensors(adapted: torch.nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter's tensors as the method keeps them: the trained ones with the trained modules', and the frozen ones
+    (the A and B of LoRA-XS, which all adapters of one base share)."""
     root = unwrap(adapted)
-    found: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
     for prefix, tensors in adapter_modules(root, name, record_of(root, name)):
         derived = tensors._non_persistent_buffers_set
-        found.update({prefix + key: t.detach() for key, t in tensors.tensors().items() if key not in derived})
-    return {**found, **floating(trained(root, name))}
+        own.update({prefix + key: t.detach() for key, t in tensors._parameters.items() if t is not None})
+        frozen.update({prefix + k: t for k, t in tensors._buffers.items() if t is not None and k not in derived})
+    return {**own, **floating(trained(root, name))}, frozen
 
 
 class Expander:
@@ -82,7 +85,7 @@ class Expander:
 
         Args:
             described: from `describe`.
-            tensors: from `own_tensors`, on the CPU.
+            tensors: all of `own_tensors`, on the CPU.
             what: subject of the error texts.
 
         Raises:

@@ -13,8 +13,9 @@ import torch
 
 from ..rewriter.errors import AdapterError, listing
 from . import manifest
-from .adapterfile import ADAPTER_VERSION, STRUCTURED_VERSION, export_ort_adapter, read_adapter
+from .adapterfile import export_ort_adapter
 from .adapterfit import check_fit, check_room, one_slot, overlap
+from .adapterformat import EXPANDED, STRUCTURED, read_adapter
 from .errors import SessionError
 from .expand import Expander
 from .ort_bank import Bank, stored
@@ -185,7 +186,7 @@ class OrtSession:
             check_room(name, values, self.adapter_inputs)
         expected = (self.manifest or {}).get("fingerprint")
         # Files of other writers carry no fingerprint, and that of a partial adapter covers other sites by design.
-        ours = expected is not None and content.adapter_version in (ADAPTER_VERSION, STRUCTURED_VERSION)
+        ours = expected is not None and content.adapter_version in (EXPANDED, STRUCTURED)
         if source.check_base and ours and not source.partial and content.model_version != expected:
             raise AdapterError(
                 f"adapter {name!r} was trained on other base weights than this graph holds (fingerprint "

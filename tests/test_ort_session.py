@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fxgraft as fg
-from fxgraft.exporters.adapterfile import read_adapter
+from fxgraft.exporters.adapterformat import read_adapter
 from fxgraft.exporters.errors import SessionError
 from fxgraft.exporters.onnx import export_onnx
 from fxgraft.exporters.ort import OrtSession, export_ort_adapter

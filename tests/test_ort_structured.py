@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fxgraft as fg
-from fxgraft.exporters.adapterfile import read_adapter
+from fxgraft.exporters.adapterformat import read_adapter
 from fxgraft.exporters.errors import ExportError
 from fxgraft.exporters.expand import Expander
 from fxgraft.exporters.onnx import export_onnx
@@ -237,3 +237,49 @@ def test_a_structured_adapter_of_another_base_or_with_bad_numbers(graph, tmp_pat
     rewritten(file, change=lambda values: values["theta"].__setitem__(3, np.nan))
     with pytest.raises(fg.AdapterError, match="values that are not finite"):
         session.load("nan", file)
+
+
+def test_tenants_share_their_frozen_tensors(graph, tmp_path):
+    """A, B of LoRA-XS come from the base weights, so every tenant has the same: they are on disk once."""
+    path, base = graph
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    tenants = [graft(base, METHODS["lora_xs"], seed=i) for i in range(3)]
+    session = OrtSession(path, threads=1)
+    for i, adapted in enumerate(tenants):
+        file = export_ort_adapter(adapted, folder / f"{i}.onnx_adapter", share_frozen=True)
+        session.load(f"own {i}", file)
+        session.load(f"plain {i}", export_ort_adapter(adapted, tmp_path / f"{i}.onnx_adapter", expanded=True))
+        own, plain = (session.run({"x": X}, adapter=f"{form} {i}")["scores"] for form in ("own", "plain"))
+        assert np.array_equal(own, plain)
+    (frozen,) = folder.glob("frozen-*.onnx_adapter")
+    assert len(list(folder.iterdir())) == 4
+    with pytest.raises(fg.CheckpointError, match="holds the frozen tensors that adapters beside it share"):
+        session.load("frozen", frozen)
+    content = frozen.read_bytes()
+    frozen.write_bytes((tmp_path / "0.onnx_adapter").read_bytes())
+    with pytest.raises(fg.CheckpointError, match="does not hold the frozen tensors the adapter was written with"):
+        session.load("again", folder / "0.onnx_adapter")
+    frozen.unlink()
+    with pytest.raises(fg.CheckpointError, match=r"there is no adapter file .*frozen-"):
+        session.load("again", folder / "0.onnx_adapter")
+    frozen.write_bytes(content)
+    session.load("again", folder / "0.onnx_adapter")
+    # Nothing frozen, nothing beside.
+    export_ort_adapter(graft(base, UNI), folder / "uni.onnx_adapter", share_frozen=True)
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_indices_of_other_programs_are_kept(graph, tmp_path):
+    """`stored` projections follow from no seed; they are frozen tensors, and so go along or beside."""
+    path, base = graph
+    adapted = graft(base, UNI)
+    fg.save_adapter(adapted, tmp_path / "peft", format="peft", save_indices=True)
+    loaded = fg.load_adapter(base, tmp_path / "peft").eval()
+    session = OrtSession(path, threads=1)
+    want = session.load("a", export_ort_adapter(adapted, tmp_path / "a.onnx_adapter"))
+    for expanded, share in ((False, False), (False, True), (None, True), (None, False)):
+        file = export_ort_adapter(loaded, tmp_path / "b.onnx_adapter", expanded=expanded, share_frozen=share)
+        got = session.load("b", file, replace=True)
+        for key, value in want.values.items():
+            assert np.array_equal(got.values[key].numpy(), value.numpy())
