@@ -74,7 +74,8 @@ def test_scores_what_the_model_computes(supernet):
     y = supernet.eval()(x).detach()
     best = search_paths(supernet, lambda model: -(model(x) - y).norm().item(), **{**QUICK, "generations": 12})
     set_paths(supernet, best.paths)
-    assert best.score == -(supernet(x) - y).norm().item()
+    with torch.no_grad():  # as the search scores: where gradients flow the operator may sum in another order
+        assert best.score == pytest.approx(-(supernet(x) - y).norm().item(), rel=1e-5)
     torch.testing.assert_close(fix_paths(supernet, best.paths)(x), supernet(x))
 
 

@@ -53,7 +53,12 @@ def notes(results: Results) -> list[str]:
     s, lines = results.settings, results.of("final")
     mean = spread([line["accuracy"] for line in lines]).mean
     error = math.sqrt(mean * (1 - mean) / s["test"])
+    probe = [
+        f"a logistic regression on the frozen model's mean-pooled features: {line['accuracy']:.4f} (C {line['c']:g})"
+        for line in results.of("probe")
+    ]
     return [
+        *probe,
         f"accuracy on {s['test']:,} test headlines: mean ± standard deviation over the seeds, then each seed; the same "
         f"headlines for all; the binomial standard error of one accuracy is {error:.4f}",
         f"trained without the head; saved with it; head lr {s['head_lr']:.1e}, of the head alone as tuned; "
@@ -79,6 +84,9 @@ def plot(results: Results, path: Path) -> None:
         mean = spread(values).mean
         axes.plot([mean, mean], [place - 0.32, place + 0.32], color=color, linewidth=2, zorder=2)
         axes.annotate(f"{mean:.3f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", color=color)
+    for line in results.of("probe"):
+        axes.axvline(line["accuracy"], color="0.45", linestyle=":", zorder=1, label="logistic regression, frozen model")
+        axes.legend(loc="lower left", fontsize=8, frameon=False)
     labels = [f"{contender.title}\n{span([line['parameters'] for line in lines])}" for contender, lines in found]
     axes.set_yticks(range(len(found)), labels, fontsize=8)
     axes.invert_yaxis()

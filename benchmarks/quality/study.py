@@ -79,6 +79,13 @@ class Study:
                 if not self.results.of("final", method=contender.key, seed=seed):
                     self.final(contender, seed)
 
+    def probe(self) -> None:
+        """What the frozen features are worth: a logistic regression on them, which needs no training of the model."""
+        if not self.results.of("probe"):
+            base = training.fresh_base(self.folder, self.settings.tuning_seed)
+            accuracy, c = quickstart.frozen_baseline(base, self.train, self.validation, self.test)
+            self.results.append("probe", accuracy=accuracy, c=c)
+
     def once(self, contender: Contender, lr: float, seed: int, *, tuning: bool) -> training.Outcome:
         """One training run. Where only the head trains, the tuned learning rate is the head's."""
         s = self.settings
@@ -146,6 +153,7 @@ def main() -> None:
         results.begin(asdict(settings), harness.environment())
         study = Study(settings, results)
         study.run(CONTENDERS)
+        study.probe()
         if options.full:
             study.run((FULL,))
     if not results.of("final"):

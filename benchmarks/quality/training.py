@@ -20,6 +20,9 @@ from torch.nn.functional import cross_entropy
 
 import fxgraft as fg
 
+# HF Trainer's default. Without it a rate tuned on one seed let LoRA collapse on another.
+MAX_GRAD_NORM = 1.0
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -87,6 +90,7 @@ def train_model(model: nn.Module, run: Run, head_lr: float, batch_size: int, epo
             loss = cross_entropy(model(**run.train.batch(rows)).logits, run.train.labels[rows])
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_([p for _, p in named], MAX_GRAD_NORM)
             optimizer.step()
             schedule.step()
     return time.perf_counter() - began
