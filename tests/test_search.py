@@ -76,7 +76,7 @@ def test_scores_what_the_model_computes(supernet):
     set_paths(supernet, best.paths)
     with torch.no_grad():  # as the search scores: where gradients flow the operator may sum in another order
         assert best.score == pytest.approx(-(supernet(x) - y).norm().item(), rel=1e-5)
-    torch.testing.assert_close(fix_paths(supernet, best.paths)(x), supernet(x))
+    torch.testing.assert_close(fix_paths(supernet, best.paths)(x), supernet(x), rtol=1e-5, atol=1e-4)  # values near 40
 
 
 @pytest.mark.parametrize("low, high", [(0, 3), (20, 24), (60, 90), (130, None), (7, 7), (0, 0)])
