@@ -39,7 +39,7 @@ class Fold(Pass):
     in_place = False
 
     def run(self, program: Program) -> PassResult:
-        values = _Constants(program.graph_module, self.swappable)
+        values = Constants(program.graph_module, self.swappable)
         count, no_matches = 0, []
         for node in list(program.graph.nodes):
             if not is_dialect(node.target):
@@ -53,10 +53,10 @@ class Fold(Pass):
                 count += 1
         if count:
             program.graph.eliminate_dead_code()
-            _drop_unused(program.graph_module)
+            drop_unused(program.graph_module)
         return PassResult(program, count > 0, count, tuple(no_matches))
 
-    def _factors(self, program: Program, node: fx.Node, values: _Constants) -> NoMatch | bool:
+    def _factors(self, program: Program, node: fx.Node, values: Constants) -> NoMatch | bool:
         parts = split(node)
         if isinstance(parts, NoMatch):
             return parts
@@ -73,7 +73,7 @@ class Fold(Pass):
         self._replace(program, node, lora, x, (A, B), 1.0)
         return True
 
-    def _weight(self, program: Program, node: fx.Node, values: _Constants) -> NoMatch | bool | None:
+    def _weight(self, program: Program, node: fx.Node, values: Constants) -> NoMatch | bool | None:
         known = values.all(node.args[2:], node)  # behind x and the base's product
         if isinstance(known, NoMatch):
             return known
@@ -110,7 +110,7 @@ class Fold(Pass):
         graph.erase_node(node)
 
 
-class _Constants:
+class Constants:
     """Values of the nodes that depend on nothing but tensors which stay as they are."""
 
     def __init__(self, module: fx.GraphModule, swappable: tuple[str, ...]) -> None:
@@ -149,7 +149,7 @@ class _Constants:
         return node.target(*arguments)  # type: ignore[operator]
 
 
-def _drop_unused(module: fx.GraphModule) -> None:
+def drop_unused(module: fx.GraphModule) -> None:
     """Let go of the tensors nobody reads any more."""
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:

@@ -7,6 +7,7 @@ from .accumulate import Accumulate
 from .choose import Choose
 from .cleanup import Cleanup
 from .fold import Fold
+from .join_products import JoinProducts
 from .share import Share
 from .siblings import Siblings
 
@@ -14,7 +15,7 @@ from .siblings import Siblings
 inference = Pipeline("inference", (Cleanup(), Share(), Choose(), Siblings(), Accumulate(), Cleanup()))
 training = Pipeline("training", (Cleanup(), Share(), Siblings(), Accumulate(), Cleanup()))
 #: adapters are part of the program for good: for one that owns its tensors (`fg.capture`)
-frozen = Pipeline("frozen", (Fold(), *inference.passes))
+frozen = Pipeline("frozen", (Fold(), *inference.passes[:-1], JoinProducts(), Cleanup()))
 
 
 def pipeline_for(program: Program) -> Pipeline:

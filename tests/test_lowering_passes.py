@@ -15,8 +15,9 @@ from fxgraft.passes import pipelines
 from fxgraft.passes.accumulate import Accumulate
 from fxgraft.passes.choose import Choose
 from fxgraft.passes.cleanup import Cleanup
-from fxgraft.passes.cost import accumulate_pays, inline_merge_pays, joined_down_pays
+from fxgraft.passes.cost import accumulate_pays, inline_merge_pays, joined_down_pays, joined_product_pays
 from fxgraft.passes.fold import Fold
+from fxgraft.passes.join_products import JoinProducts
 from fxgraft.passes.share import Share
 from fxgraft.passes.siblings import Siblings
 
@@ -50,6 +51,8 @@ PASSES = {
     "siblings, accumulate": (Share(), Siblings(always=True), Accumulate(always=True)),
     "choose": (Share(), Choose(always=True)),
     "fold": (Fold(),),
+    "join": (JoinProducts(always=True),),
+    "fold, join": (Fold(), JoinProducts(always=True)),
     "inference": pipelines.inference.passes,
     "training": pipelines.training.passes,
     "frozen": pipelines.frozen.passes,
@@ -335,3 +338,63 @@ def test_the_cost_rules_turn_once():
         assert answers == sorted(answers) and not answers[0] and answers[-1]
     assert not accumulate_pays(4096, 768, "cuda")
     assert inline_merge_pays(None, 768, 768, 8, "cpu").reason.startswith("an unknown number of rows")
+
+
+# -- joined base products ------------------------------------------------------------------------------------------
+GOLDEN_JOINED = """\
+linear_default = linear.default(x, joined_weight_0, joined_bias_0)
+split_with_sizes_default = split_with_sizes.default(linear_default, [8, 8, 6], -1)
+getitem = getitem(split_with_sizes_default, 0)
+getitem_1 = getitem(split_with_sizes_default, 1)"""
+
+
+def test_joined_products_print_and_own_one_weight():
+    program = captured(Attention().eval())
+    before = str(program)
+    result = JoinProducts(always=True)(program)
+    assert result.count == 3
+    assert "\n".join(printed(result.program).splitlines()[:4]) == GOLDEN_JOINED
+    module = result.program.graph_module
+    assert [name for name, _ in module.named_parameters()] == ["out.weight"]  # the joined ones took their place
+    assert {name: tuple(b.shape) for name, b in module.named_buffers()} == {
+        "joined_weight_0": (22, 12),
+        "joined_bias_0": (22,),
+    }
+    assert str(program) == before and len(list(program.graph_module.parameters())) == 7
+
+
+class Mixed(nn.Module):
+    """Two products of x in the Conv1D layout, one of them without bias, and one of the result of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(6, n)) for n in (4, 5, 6))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        first = torch.addmm(self.bias, x, self.a)
+        second = torch.addmm(x.new_zeros(5), x, self.b)
+        return torch.cat([first, second], -1) @ torch.ones(9, 6) + torch.addmm(
+            x.new_zeros(6), first @ self.c[:4], self.c
+        )
+
+
+def test_products_of_other_layouts_and_of_each_other():
+    model = Mixed().eval()
+    x = torch.randn(3, 6)
+    result = JoinProducts(always=True)(fg.capture(model, (x,)))
+    assert relative_error(result.program.graph_module(x), model(x).double()) < 1e-5
+
+
+def test_joining_says_why_not():
+    def reasons(step, model):
+        return {no_match.reason for no_match in step(captured(model)).no_matches}
+
+    plain = Attention().eval()
+    assert any("on cpu one wide product takes as long as 3 narrow ones" in r for r in reasons(JoinProducts(), plain))
+    assert "k.weight is swappable" in reasons(JoinProducts(swappable=("k.weight",), always=True), plain)
+    alone = reasons(JoinProducts(swappable=("k.*", "v.*"), always=True), plain)
+    assert {"k.weight is swappable", "v.weight is swappable"} <= alone
+    training = Attention().train()
+    assert reasons(JoinProducts(always=True), training) == {"training: the weights may still change"}
+    assert joined_product_pays(16, 3, "cuda") and not joined_product_pays(16, 3, "cpu")
