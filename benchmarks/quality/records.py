@@ -107,6 +107,9 @@ class Results:
         ]
 
     def losses(self, method: str) -> dict[int, float]:
-        """The validation losses of a method's tuning runs by half decades of the learning rate; infinite: diverged."""
-        lines = self.of("tuning", method=method)
-        return {line["half_decades"]: math.inf if line["loss"] is None else line["loss"] for line in lines}
+        """A method's validation loss by half decades of the learning rate, the mean over the tuning seeds; infinite
+        where one of them diverged."""
+        found: dict[int, list[float]] = {}
+        for line in self.of("tuning", method=method):
+            found.setdefault(line["half_decades"], []).append(math.inf if line["loss"] is None else line["loss"])
+        return {candidate: statistics.fmean(losses) for candidate, losses in found.items()}

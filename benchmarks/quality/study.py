@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import training  # noqa: E402
 import transformers  # noqa: E402
 from assets import AssetError, minilm_dir  # noqa: E402
-from contenders import CONTENDERS, FULL, Contender, Run, Search, head  # noqa: E402
+from contenders import CONTENDERS, FULL, Contender, Run, Search  # noqa: E402
 from records import Results, best, learning_rate, next_candidate  # noqa: E402
 from rich.console import Console  # noqa: E402
 
@@ -44,19 +44,18 @@ class Settings:
 
     train: int = 1920
     epochs: int = 1
-    tuning_train: int = 960
     validation: int = 400
     test: int = 1000
     batch: int = 16
     head_lr: float = 1e-2
     seeds: tuple[int, ...] = (1, 2, 3)
-    tuning_seed: int = 0
+    tuning_seeds: tuple[int, ...] = (0, 4)
     search: Search = SEARCH
     tuning_search: Search = TUNING_SEARCH
 
 
 QUICK = Settings(
-    train=64, tuning_train=32, validation=40, test=40, batch=8, seeds=(1, 2),
+    train=64, validation=40, test=40, batch=8, seeds=(1, 2), tuning_seeds=(0,),
     search=Search(2, 4, 20), tuning_search=Search(1, 2, 20),
 )  # fmt: skip
 
@@ -82,35 +81,45 @@ class Study:
     def probe(self) -> None:
         """What the frozen features are worth: a logistic regression on them, which needs no training of the model."""
         if not self.results.of("probe"):
-            base = training.fresh_base(self.folder, self.settings.tuning_seed)
+            base = training.fresh_base(self.folder, self.settings.tuning_seeds[0])
             accuracy, c = quickstart.frozen_baseline(base, self.train, self.validation, self.test)
             self.results.append("probe", accuracy=accuracy, c=c)
 
     def once(self, contender: Contender, lr: float, seed: int, *, tuning: bool) -> training.Outcome:
         """One training run. Where only the head trains, the tuned learning rate is the head's."""
         s = self.settings
-        train = head(self.train, s.tuning_train) if tuning else self.train
-        epochs = 1 if tuning else s.epochs
         search = s.tuning_search if tuning else s.search
-        run = Run(seed, lr, training.steps(train, s.batch, epochs), train, self.validation, search)
+        run = Run(seed, lr, training.steps(self.train, s.batch, s.epochs), self.train, self.validation, search)
         head_lr = lr if contender.key == "head" else s.head_lr
-        return training.run_once(contender, self.folder, run, head_lr=head_lr, batch_size=s.batch, epochs=epochs)
+        return training.run_once(contender, self.folder, run, head_lr=head_lr, batch_size=s.batch, epochs=s.epochs)
 
     def tune(self, contender: Contender) -> None:
-        """Try learning rates on the tuning seed until the best is between two others."""
-        while (k := next_candidate(contender.grid, self.results.losses(contender.key))) is not None:
+        """Try learning rates on the tuning seeds until the best is between two others."""
+        while (k := self.next_run(contender)) is not None:
+            half_decades, seed = k
             began = time.perf_counter()
-            out = self.once(contender, learning_rate(k), self.settings.tuning_seed, tuning=True)
+            out = self.once(contender, learning_rate(half_decades), seed, tuning=True)
             accuracy, loss = training.score(out.model, self.validation)
             finite = loss if math.isfinite(loss) else None
             seconds = time.perf_counter() - began
             self.results.append(
-                "tuning", method=contender.key, half_decades=k, accuracy=accuracy, loss=finite, seconds=seconds
-            )
+                "tuning", method=contender.key, half_decades=half_decades, seed=seed, accuracy=accuracy, loss=finite,
+                seconds=seconds,
+            )  # fmt: skip
             console.print(
-                f"tuning {contender.title:<17} lr {learning_rate(k):.1e}: validation accuracy {accuracy:.3f}, "
-                f"loss {loss:.3f}, {seconds:.0f} s"
+                f"tuning {contender.title:<17} lr {learning_rate(half_decades):.1e} seed {seed}: validation accuracy "
+                f"{accuracy:.3f}, loss {loss:.3f}, {seconds:.0f} s"
             )
+
+    def next_run(self, contender: Contender) -> tuple[int, int] | None:
+        """The learning rate, in half decades, and the seed of the next tuning run."""
+        tried = {line["half_decades"] for line in self.results.of("tuning", method=contender.key)}
+        for candidate in sorted(tried):  # one that a stop left without some of its seeds
+            for seed in self.settings.tuning_seeds:
+                if not self.results.of("tuning", method=contender.key, half_decades=candidate, seed=seed):
+                    return candidate, seed
+        candidate = next_candidate(contender.grid, self.results.losses(contender.key))
+        return None if candidate is None else (candidate, self.settings.tuning_seeds[0])
 
     def final(self, contender: Contender, seed: int) -> None:
         """Train with the tuned learning rate and score on the test headlines, once."""
