@@ -4,6 +4,7 @@ from . import passes
 from .backends.aot import package
 from .backends.aot_package import Package, load_package
 from .backends.inductor import compile
+from .backends.kernels import KernelPreference
 from .exporters.adapterfile import export_ort_adapter
 from .exporters.checkpoint import load_adapter, save_adapter
 from .exporters.onnx import OnnxExport, export_onnx
@@ -43,6 +44,7 @@ __all__ = [
     "GLoRA",
     "GLoRAPath",
     "HydraLoRA",
+    "KernelPreference",
     "LoRA",
     "LoRASB",
     "LoRAXS",

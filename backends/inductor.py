@@ -19,13 +19,19 @@ from ..rewriter.errors import FxgraftError
 from ..rewriter.explain import COMPILED, CompileNote, note_of
 from ..rewriter.passbase import Program
 from ..rewriter.state import unwrap
+from .kernels import KernelPreference, check, plan, preference
 
 
 def fxgraft(
-    gm: fx.GraphModule, example_inputs: list[torch.Tensor], *, notes: list[CompileNote] | None = None, **kwargs: Any
+    gm: fx.GraphModule,
+    example_inputs: list[torch.Tensor],
+    *,
+    kernels: KernelPreference = KernelPreference.AUTO,
+    notes: list[CompileNote] | None = None,
+    **kwargs: Any,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph. Accepts Inductor's `mode` and `options`; what the passes did is added to `notes`."""
-    from torch._inductor import list_mode_options
+    from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(list_mode_options(kwargs.pop("mode", None) or "default"))
@@ -33,10 +39,11 @@ def fxgraft(
     if kwargs:
         raise FxgraftError(f"backend 'fxgraft' does not know {sorted(kwargs)}; allowed are mode and options")
     program = Program(gm, tuple(example_inputs), training=torch.is_grad_enabled())
-    pipeline = pipeline_for(program)
+    graphed = bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
+    pipeline, choice = plan(kernels, pipeline_for(program), program, graphed)
     result = pipeline(program)
     if notes is not None:
-        notes.append(note_of(pipeline.name, result))
+        notes.append(note_of(pipeline.name, result, choice))
     compiled: Any = compile_fx(result.program.graph_module, example_inputs, config_patches=patches)
     return compiled
 
@@ -49,17 +56,25 @@ def register() -> None:
         dynamo.register_backend(fxgraft, name="fxgraft")
 
 
-def compile(model: nn.Module, **options: Any) -> Any:
+def compile(model: nn.Module, *, kernels: str | KernelPreference = KernelPreference.AUTO, **options: Any) -> Any:
     """`torch.compile(model, backend="fxgraft", **options)`: training and serving, one graph per distinct structure.
 
     Args:
-        options: those of `torch.compile`; `mode` and `options` are Inductor's.
+        kernels: `"auto"`, `"aten"` or `"triton"` (`KernelPreference`): whether adapters may run as our Triton kernels.
+        options: those of `torch.compile`; `mode` and `options` are Inductor's. Kernels gain most with
+            `mode="reduce-overhead"`, where CUDA graphs take the cost of asking for them.
 
     `set_active`, `disabled`, `swap` and `explain` take the compiled model as well as the model inside; `explain` also
     says what the passes made of each graph that was compiled, and why they left the rest.
+
+    Raises:
+        FxgraftError: another backend is asked for, `kernels` is no preference, or `"triton"` cannot be had here.
     """
     if "backend" in options:
         raise FxgraftError("fg.compile always uses the backend 'fxgraft'; call torch.compile for another one")
+    wanted = preference(kernels)
+    if wanted is KernelPreference.TRITON:
+        check(model)
     notes: list[CompileNote] = []
     unwrap(model).__dict__[COMPILED] = notes
-    return torch.compile(model, backend=functools.partial(fxgraft, notes=notes), **options)
+    return torch.compile(model, backend=functools.partial(fxgraft, kernels=wanted, notes=notes), **options)

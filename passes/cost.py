@@ -46,7 +46,8 @@ def machine(device: str) -> Machine:
     return MACHINES.get(device, MACHINES["cuda"])
 
 
-def _hint(rows: int | torch.SymInt | None) -> tuple[int | None, str]:
+def hint(rows: int | torch.SymInt | None) -> tuple[int | None, str]:
+    """The number of rows to reckon with, None where nothing is known, and how to say it."""
     if rows is None:
         return None, "an unknown number of rows"
     if isinstance(rows, torch.SymInt):
@@ -63,7 +64,7 @@ def joined_down_pays(
     It reads the input once instead of `count` times and is one call instead of `count`, in training once more on the
     way back; it writes the factors one under the other first, a call and `8 * ranks * in` bytes.
     """
-    m, (n, text) = machine(device), _hint(rows)
+    m, (n, text) = machine(device), hint(rows)
     if n is None:
         return Verdict(True, text)
     saved = (count - 1) * (_FLOAT * n * inner / m.bytes + m.call) * (2 if training else 1)
@@ -90,7 +91,7 @@ def accumulate_pays(rows: int | torch.SymInt | None, out: int, device: str) -> V
 
     Elsewhere than on a CPU the compiler fuses the sum into what follows, and the answer is no.
     """
-    n, text = _hint(rows)
+    n, text = hint(rows)
     if device != "cpu":
         return Verdict(False, f"on {device} the sum is fused into what follows")
     if n is None:
@@ -110,7 +111,7 @@ def inline_merge_pays(rows: int | torch.SymInt | None, out: int, inner: int, ran
     merged = out * inner * (16 / m.bytes + 2 * rank / m.flops) + m.call
     row = (_FLOAT * inner + 5 * _FLOAT * out) / m.bytes + 2 * rank * (inner + out) / m.flops
     even = max(1, round((merged - 3 * m.call) / row))  # three products of its own become one sum
-    n, text = _hint(rows)
+    n, text = hint(rows)
     if n is None:
         return Verdict(False, f"{text}; merging inside the graph would pay from {even} rows up")
     return Verdict(n >= even, f"{text}; merging inside the graph pays from {even} rows up")

@@ -48,25 +48,29 @@ class CompileNote:
         pipeline: its name.
         made: `(pass, reason) -> nodes` it made; the reason is empty where there was no choice.
         left: `reason -> nodes` that were looked at and left.
+        kernels: which kernels were allowed, and why.
     """
 
     pipeline: str
     made: dict[tuple[str, str], int]
     left: dict[str, int]
+    kernels: str = ""
 
     def __str__(self) -> str:
         lines = [f"compiled with the pipeline {self.pipeline}:"]
+        lines += [f"  kernels {self.kernels}"] if self.kernels else []
         for (made_by, reason), count in self.made.items():
             lines.append(f"  {made_by} made {count} nodes" + (f" ({reason})" if reason else ""))
         lines += [f"  left {count} as they were: {reason}" for reason, count in self.left.items()]
         return "\n".join(lines)
 
 
-def note_of(pipeline: str, result: PassResult) -> CompileNote:
+def note_of(pipeline: str, result: PassResult, kernels: str = "") -> CompileNote:
     """The note for a pipeline's result."""
     marks = [node.meta[PROVENANCE] for node in result.program.graph.nodes if PROVENANCE in node.meta]
     made = Counter((mark.made_by, mark.reason) for mark in marks if mark.made_by != "graft")
-    return CompileNote(pipeline, dict(made), dict(Counter(no_match.reason for no_match in result.no_matches)))
+    left = Counter(no_match.reason for no_match in result.no_matches)
+    return CompileNote(pipeline, dict(made), dict(left), kernels)
 
 
 @dataclass(frozen=True)

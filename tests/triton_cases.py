@@ -1,0 +1,149 @@
+"""What the kernels are tested with: inputs and float64 oracles, for the interpreter (CPU) and for a GPU alike.
+
+    TRITON_INTERPRET=1 python tests/triton_cases.py      prints {case: {tensor: error}} as JSON
+
+Sizes are ragged, odd and rectangular. The oracles are written sample by sample from the formulas of the papers and
+share no code with the kernels' definitions. Errors are the largest deviation relative to the oracle's largest entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxgraft.backends.triton import lora
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Case:
+    """One call. `call` and `oracle` take `tensors`, whose gradients are compared too."""
+
+    call: Callable[..., Tensor]
+    oracle: Callable[..., Tensor]
+    tensors: dict[str, Tensor]
+
+
+def floats(device: str, **shapes: Any) -> dict[str, Tensor]:
+    """Random tensors, made on the CPU so that every device gets the same; `name=(dtype, *shape)`."""
+    return {name: torch.randn(shape).to(dtype).to(device) for name, (dtype, *shape) in shapes.items()}
+
+
+def by_sample(function: Callable[[int, Tensor], Tensor], x: Tensor, ids: Tensor | None) -> Tensor:
+    """`function(slot, rows)` for every sample, zero for slot 0; without ids for all rows with slot None."""
+    if ids is None:
+        return function(None, x)  # type: ignore[arg-type]
+    rows = x.reshape(len(ids), -1, x.shape[-1])
+    parts = [function(slot, part) for slot, part in zip(ids.tolist(), rows, strict=True)]
+    whole = torch.stack([part * (slot != 0) for slot, part in zip(ids.tolist(), parts, strict=True)])
+    return whole.reshape(*x.shape[:-1], whole.shape[-1])
+
+
+# -- grouped LoRA ----------------------------------------------------------------------------------------------------
+def lora_case(device, dtype, samples, tokens, inner, out, rank, slots=None, factors=None, base=True, scale=0.5):
+    """Slots None: one adapter. `factors`: dtype of A and B, by default x's."""
+    stack = () if slots is None else (slots,)
+    ids = None if slots is None else torch.arange(samples, device=device) % slots
+    shape = (samples * tokens,) if samples > 1 and base else (samples, tokens)  # samples one under the other, or apart
+    tensors = floats(
+        device, x=(dtype, *shape, inner), A=(factors or dtype, *stack, rank, inner),
+        B=(factors or dtype, *stack, rank, out), **({"base": (dtype, *shape, out)} if base else {}),
+    )  # fmt: skip
+
+    def call(x, A, B, base=None):
+        return lora.lora(base, x, ids, A, B, scale)
+
+    def oracle(x, A, B, base=None):
+        def one(slot, rows):
+            a, b = (A, B) if slot is None else (A[slot], B[slot])
+            return scale * rows @ a.T @ b
+
+        delta = by_sample(one, x, ids)
+        return delta if base is None else base + delta
+
+    return Case(call, oracle, tensors)
+
+
+#: small enough for the interpreter, at 10 to 45 ms a program and step
+CASES: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {
+    "lora, bank, ragged": (lora_case, {"samples": 5, "tokens": 3, "inner": 70, "out": 45, "rank": 5, "slots": 4}),
+    "lora, bank, one token": (lora_case, {"samples": 7, "tokens": 1, "inner": 256, "out": 33, "rank": 8, "slots": 3}),
+    "lora, bank, no base": (
+        lora_case,
+        {"samples": 2, "tokens": 17, "inner": 33, "out": 130, "rank": 3, "slots": 9, "base": False},
+    ),
+    "lora, one": (lora_case, {"samples": 1, "tokens": 37, "inner": 130, "out": 77, "rank": 20}),
+    "lora, one, float32 factors": (
+        lora_case,
+        {"samples": 1, "tokens": 5, "inner": 96, "out": 50, "rank": 70, "factors": torch.float32},
+    ),
+}
+
+
+def errors(case: Case, seed: int = 1) -> dict[str, float]:
+    """Of the result and of every gradient."""
+    torch.manual_seed(seed)
+    given = {name: t.requires_grad_() for name, t in case.tensors.items()}
+    exact = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    y, wanted = case.call(**given), case.oracle(**exact)
+    g = torch.randn(y.shape).to(y.dtype).to(y.device)
+    got = dict(zip(given, torch.autograd.grad(y, list(given.values()), g), strict=True))
+    want = dict(zip(exact, torch.autograd.grad(wanted, list(exact.values()), g.double()), strict=True))
+    pairs = {"result": (y, wanted), **{f"grad {name}": (got[name], want[name]) for name in given}}
+    return {name: ((a.double() - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
+
+
+def make(name: str, dtype: torch.dtype, device: str = "cpu") -> Case:
+    torch.manual_seed(0)
+    builder, options = CASES[name]
+    return builder(device, dtype, **options)
+
+
+def wrong_ids() -> list[bool]:
+    """Which samples come back as NaN when the ids are 1, -1, 5 and 0 of three slots."""
+    x, A, B = torch.ones(4, 2, 8), torch.ones(3, 2, 8), torch.ones(3, 2, 6)
+    y = lora.lora(None, x, torch.tensor([1, -1, 5, 0]), A, B, 1.0)
+    return y.isnan().all(-1).all(-1).tolist()
+
+
+def through_compile() -> dict[str, Any]:
+    """`fg.compile(kernels="triton")`, end to end: the errors against the model itself, and what explain says."""
+    from torch import nn
+
+    import fxgraft as fg
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(24, 40), nn.Linear(40, 24, bias=False)
+
+        def forward(self, x):
+            return self.down(torch.tanh(self.up(x)))
+
+    model = fg.rewrite(Model().eval(), fg.Spec(fg.LoRA(4), targets=["up", "down"]))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    fast, x = fg.compile(model, kernels="triton", fullgraph=True), torch.randn(5, 24)
+    with torch.no_grad():
+        forward = (fast(x) - model(x)).abs().max().item()
+    got = torch.autograd.grad(fast(x).square().sum(), parameters)
+    want = torch.autograd.grad(model(x).square().sum(), parameters)
+    backward = max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(got, want, strict=True))
+    return {"forward": forward, "backward": backward, "explain": str(fg.explain(fast))}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {
+        f"{name}, {text}": errors(make(name, dtype)) for name in CASES for text, dtype in DTYPES.items()
+    }
+    print(json.dumps({"errors": found, "wrong ids": wrong_ids(), "compile": through_compile()}))
