@@ -79,7 +79,7 @@ def joined_product_pays(rows: int | torch.SymInt | None, count: int, device: str
     times as long as the products apart (three of 384 to 2048 wide, 1 to 1024 rows, one core), with no size where it is
     the faster one throughout; elsewhere `count - 1` launches are saved and narrow products fill the device better.
     """
-    _, text = _hint(rows)
+    _, text = hint(rows)
     if device == "cpu":
         return Verdict(False, f"{text}; on cpu one wide product takes as long as {count} narrow ones")
     return Verdict(True, f"{text}; saves {count - 1} launches")
