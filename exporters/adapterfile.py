@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from ..backends.staging import staged
-from ..passes.factors import factors, trained
+from ..passes.factors import trained
+from ..passes.forms import form_values, whole_weights
 from ..rewriter.api import base_of
+from ..rewriter.errors import listing
+from ..rewriter.state import record_of, unwrap
 from . import manifest
 from .adapterfit import finite
 from .adapterformat import EXPANDED, STRUCTURED, AdapterFile, leave_frozen, read_adapter, write_file
@@ -29,10 +32,11 @@ def export_ort_adapter(
     expanded: bool | None = None,
     share_frozen: bool = False,
 ) -> Path:
-    """Write one adapter to `path` (`*.onnx_adapter`) for a graph of `export_onnx(adapters="swappable")`.
+    """Write one adapter to `path` (`*.onnx_adapter`) for a graph of `export_onnx(adapters="swappable" or "bank")`.
 
     expanded      True: `<site>.A (in, r)` and `<site>.B (r, out)` of every site, scales folded into B, in the base's
-                  dtype, and the trained modules' tensors; onnxruntime's own `LoraAdapter` takes the file too. False:
+                  dtype, and the trained modules' tensors (HydraLoRA: a router too, GLoRA: the merged weights, see
+                  `export_onnx`); onnxruntime's own `LoraAdapter` takes the file too. False:
                   the method's own tensors with its config, in their own dtype; `OrtSession.load` expands them to the
                   same numbers, bit for bit. None writes whichever has fewer bytes: the structured form for Uni-LoRA
                   and PRoLoRA, the expanded one for LoRA, and for LoRA-XS and LoRA-SB, whose frozen A and B go along.
@@ -44,15 +48,21 @@ def export_ort_adapter(
     are mixed, or (with `expanded=False`) derived tensors are not those the config gives; `FxgraftError` for methods
     without low-rank factors.
     """
-    plain = graph_tensors(adapted, name)
+    whole = whole_weights(adapted, name)
+    plain = graph_tensors(adapted, name, whole)
     if not plain:
         raise ExportError(f"adapter {name!r} has no tensors")
     _check_values(plain, name)
-    sites = [key.removesuffix(".A") for key in plain if key.endswith(".A")]
+    sites = [site.name for site in record_of(unwrap(adapted), name).sites]
     version = manifest.fingerprint(base_of(adapted), sites)
     content = AdapterFile(plain, None, EXPANDED, version)
     files: dict[str, AdapterFile] = {}
-    structured = None if expanded else _structured(adapted, name, plain, forced=expanded is False)
+    if whole and expanded is False:
+        raise ExportError(
+            f"adapter {name!r} changes the weights {listing(whole)} elementwise, so no small tensors give them to a "
+            "graph; expanded=True writes them in whole"
+        )
+    structured = None if expanded or whole else _structured(adapted, name, plain, forced=expanded is False)
     if structured is not None:
         described, own, frozen = structured
         beside = frozen if share_frozen else {}
@@ -71,12 +81,13 @@ def export_ort_adapter(
     return Path(path)
 
 
-def graph_tensors(adapted: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """Every tensor the swappable graph takes for this adapter, by input name."""
+def graph_tensors(adapted: torch.nn.Module, name: str, whole: Tensors) -> dict[str, torch.Tensor]:
+    """Every tensor the swappable graph takes for this adapter, by input name; `whole` are those of `whole_weights`."""
     tensors: dict[str, torch.Tensor] = {}
-    for site, (a, b) in factors(adapted, name).items():
-        tensors[f"{site}.A"], tensors[f"{site}.B"] = a.cpu(), b.cpu()
-    return {**tensors, **{key: tensor.cpu() for key, tensor in swappable_head(adapted, name).items()}}
+    for site, (_, values) in form_values(adapted, name).items():
+        tensors.update({f"{site}.{leg}": tensor for leg, tensor in values.items()})
+    tensors |= {**whole, **swappable_head(adapted, name)}
+    return {key: tensor.cpu() for key, tensor in tensors.items()}
 
 
 def swappable_head(adapted: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:

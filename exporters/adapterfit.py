@@ -14,14 +14,17 @@ import torch
 from ..rewriter.errors import AdapterError, listing
 from .ort_values import TYPES, TensorInfo
 
+# Ending of a bank's stack that holds differences to the initializer `<name>`, for tensors that are trained in whole.
+DIFFERENCE = ".delta"
+
 
 def check_fit(
     adapter: str, values: Mapping[str, torch.Tensor], graph: Mapping[str, TensorInfo], partial: bool = False
 ) -> dict[str, int]:
     """Hold an adapter's tensors against the graph's adapter inputs; returns the rank per site.
 
-    Raises `AdapterError` naming the tensors: unknown to the graph, missing (a site with one of A and B always; with any
-    missing site unless `partial`), of another dtype, of another shape, A and B of different ranks, not finite.
+    Raises `AdapterError` naming the tensors: unknown to the graph, missing (part of a site always, a whole site
+    unless `partial`), of another dtype, of another shape, a site's tensors of different ranks, not finite.
     """
     unknown = sorted(set(values) - set(graph))
     if unknown:
@@ -29,14 +32,15 @@ def check_fit(
             f"adapter {adapter!r} has tensors the graph does not take: {listing(unknown)}; it takes {listing(graph)}"
         )
     missing = [name for name in graph if name not in values]
-    halves = [name for name in missing if _partner(name) in values]
+    begun = {name.rpartition(".")[0] for name in values}
+    halves = [name for name in missing if name.rpartition(".")[0] in _sites(graph) & begun]
     if halves or (missing and not partial):
         raise AdapterError(
             f"adapter {adapter!r} is incomplete: {listing(halves or missing)} "
             f"{'is' if len(halves or missing) == 1 else 'are'} missing of the graph's {len(graph)} adapter tensors"
             + ("" if halves else " (partial=True leaves those at the base's values)")
         )
-    ranks: dict[str, int] = {}
+    sizes: dict[str, tuple[int, str]] = {}
     for name, value in values.items():
         info = graph[name]
         if value.dtype is not TYPES.get(info.type):
@@ -48,37 +52,42 @@ def check_fit(
         )
         if not fits:
             raise AdapterError(f"adapter {adapter!r}: {name!r} has shape {shape}, the graph takes {info}")
-        site, _, leg = name.rpartition(".")
-        free = [size for want, size in zip(info.shape, shape, strict=True) if not isinstance(want, int)]
-        if leg in ("A", "B") and free and ranks.setdefault(site, free[0]) != free[0]:
-            raise AdapterError(
-                f"adapter {adapter!r}: A and B of {site!r} have different ranks, {ranks[site]} and {free[0]}"
-            )
+        for symbol, size in zip(info.shape, shape, strict=True):
+            if not isinstance(symbol, str):
+                continue
+            other, first = sizes.setdefault(symbol, (size, name))
+            if other != size:
+                site, _, leg = name.rpartition(".")
+                what = {"rank": "ranks", "experts": "numbers of experts"}.get(symbol.rpartition(".")[2], "sizes")
+                raise AdapterError(
+                    f"adapter {adapter!r}: {first.rpartition('.')[2]} and {leg} of {site!r} have different {what}, "
+                    f"{other} and {size}"
+                )
         if not finite(value):
             raise AdapterError(f"adapter {adapter!r}: {name!r} has values that are not finite")
-    return ranks
+    return {symbol.removesuffix(".rank"): size for symbol, (size, _) in sizes.items() if symbol.endswith(".rank")}
+
+
+def _sites(graph: Mapping[str, TensorInfo]) -> set[str]:
+    """What the sites are called whose tensors only fit together: they have free dimensions in common."""
+    free = {name for name, info in graph.items() if any(not isinstance(size, int) for size in info.shape)}
+    return {name.rpartition(".")[0] for name in free}
 
 
 def one_slot(stacks: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The stacks of a bank `(K, ...)` as inputs for one adapter, whose rank is free up to what `check_room` allows."""
-    slots = {}
-    for name, info in stacks.items():
-        shape = list(info.shape[1:])
-        site, _, leg = name.rpartition(".")
-        if leg in ("A", "B") and _partner(name) in stacks:
-            shape[1 if leg == "A" else 0] = f"{site}.rank"
-        slots[name] = TensorInfo(name, tuple(shape), info.type)
-    return slots
+    """The stacks of a bank `(slots, ...)` as inputs for one adapter."""
+    names = {name: name.removesuffix(DIFFERENCE) for name in stacks}
+    return {names[name]: TensorInfo(names[name], info.shape[1:], info.type) for name, info in stacks.items()}
 
 
-def check_room(adapter: str, values: Mapping[str, torch.Tensor], stacks: Mapping[str, TensorInfo]) -> None:
+def check_room(adapter: str, values: Mapping[str, torch.Tensor], stacks: Mapping[str, torch.Tensor]) -> None:
     """Raise `AdapterError` where an adapter's rank is larger than a slot's."""
-    for name, value in values.items():
-        room = stacks[name].shape[1:]
-        if any(isinstance(most, int) and size > most for size, most in zip(value.shape, room, strict=True)):
+    for name, stack in stacks.items():
+        value, room = values.get(name.removesuffix(DIFFERENCE)), tuple(stack.shape[1:])
+        if value is not None and any(size > most for size, most in zip(value.shape, room, strict=True)):
             raise AdapterError(
                 f"adapter {adapter!r}: {name!r} is {tuple(value.shape)} and a slot of the bank takes up to {room}: "
-                "export the bank with a larger rank"
+                "give OrtSession a larger rank, or export the bank with one"
             )
 
 
@@ -87,11 +96,6 @@ def finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or math.isfinite(tensor.sum().item()):
         return True
     return bool(torch.isfinite(tensor).all())
-
-
-def _partner(name: str) -> str:
-    site, _, leg = name.rpartition(".")
-    return {"A": f"{site}.B", "B": f"{site}.A"}.get(leg, name)
 
 
 def overlap(first: Iterable[str], second: Iterable[str]) -> list[str]:

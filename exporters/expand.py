@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..passes.factors import factors, trained
+from ..passes.factors import compute_dtype, trained
+from ..passes.forms import read_form
 from ..rewriter.api import adapter_modules
 from ..rewriter.errors import CheckpointError, SpecError, listing
 from ..rewriter.method import Decl, Declaration, Method, Tensors, method_from_dict
@@ -37,7 +38,7 @@ def describe(adapted: torch.nn.Module, name: str) -> dict[str, Any]:
     """
     root = unwrap(adapted)
     record = record_of(root, name)
-    dtypes = {site: str(A.dtype).removeprefix("torch.") for site, (A, _) in factors(root, name).items()}
+    dtypes = {s.name: str(compute_dtype(root, s)).removeprefix("torch.") for s in record.sites}
     shared = {tensors.method: prefix for prefix, tensors in adapter_modules(root, name, record) if tensors.site is None}
     groups = [
         {
@@ -115,9 +116,8 @@ class Expander:
         shared = prepared.fill(prepared.declaration.shared, group["shared"], prepared.shared, left, what)
         found = {}
         for site, decls, derived in zip(sites, prepared.declaration.local, prepared.local, strict=True):
-            A, B = method.factors(shared, prepared.fill(decls, f"{site.name}.", derived, left, what))
-            found[f"{site.name}.A"] = A.t().to(site.dtype).contiguous()
-            found[f"{site.name}.B"] = B.t().to(site.dtype).contiguous()
+            _, values = read_form(method, shared, prepared.fill(decls, f"{site.name}.", derived, left, what))
+            found.update({f"{site.name}.{leg}": t.to(site.dtype).contiguous() for leg, t in values.items()})
         return found
 
     def _prepared(self, method: Method, sites: tuple[Site, ...]) -> _Prepared:

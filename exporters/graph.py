@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..rewriter.errors import near_misses
+from ..rewriter.method import ADAPTER_IDS as IDS
 from .errors import ExportError
 
 # protobuf ends at 2 GiB; beyond this the weights go to a file of their own.
@@ -88,42 +89,134 @@ class Opened:
     default: Any
 
 
-def open_factors(model: Any, keys: Mapping[str, tuple[str, str]]) -> dict[str, Opened]:
-    """Turn factor pairs into graph inputs `<site>.A (in, rank)` and `<site>.B (rank, out)` of free rank.
+@dataclass(frozen=True)
+class Leg:
+    """One adapter tensor of a site that is to become an input: the initializer's name, the input's shape with a string
+    for every free dimension, and the default."""
 
-    `keys` maps a site to the names of its two initializers.
-    The default has rank 0, so the product is an exact zero and the graph is the base model. Every site has a rank
-    symbol of its own: onnxruntime insists that equal symbols are equal numbers.
+    key: str
+    shape: tuple[int | str, ...]
+    default: torch.Tensor
+
+
+def open_sites(model: Any, sites: Mapping[str, Mapping[str, Leg]]) -> dict[str, Opened]:
+    """Turn the adapter tensors of every site into graph inputs `<site>.<leg>`.
+
+    The last leg of a site is the right factor of its last product. What lies between the legs and that product forgets
+    the sizes it was traced with. Every site has symbols of its own: onnxruntime insists that equal symbols are equal
+    numbers. Where the legs are stacks, the rows are chosen by the input `adapter_ids` itself.
     """
-    import onnx_ir as ir
+    from onnx_ir.tensor_adapters import TorchTensor
 
     graph = model.graph
+    ids = next((value for value in graph.inputs if value.name == IDS), None)
     opened: dict[str, Opened] = {}
-    for site, leg, key in [
-        (site, leg, key) for site, pair in keys.items() for leg, key in zip("AB", pair, strict=True)
-    ]:
-        value = graph.initializers.get(key)
-        uses = list(value.uses()) if value is not None else []
-        if not uses or any(use.node.op_type not in ("MatMul", "Gemm") for use in uses):
-            why = "the model does not use it" if not uses else "it is no factor of a plain product there"
-            raise ExportError(f"site {site!r} cannot be swapped in the exported graph: {why}")
-        rank, free = f"{site}.rank", 1 if leg == "A" else 0
-        default = list(value.const_value.shape)
-        default[free] = 0
-        dims: list[int | str] = list(default)
-        dims[free] = rank
-        name = f"{site}.{leg}"
-        tensor = ir.tensor(np.zeros(default, dtype=value.dtype.numpy()), name=name)
-        _release(graph, value, name)
-        value.shape = ir.Shape(dims)
-        opened[name] = Opened(tuple(dims), tensor)
-        for use in uses:
-            use.node.name = f"{site}/{leg}"
-            if leg == "A":
-                product = use.node.outputs[0]
-                product.name = f"{site}.xA"
-                product.shape = ir.Shape([*product.shape[:-1], rank])
+    for site, legs in sites.items():
+        values = {}
+        for leg, (key, shape) in {leg: (one.key, one.shape) for leg, one in legs.items()}.items():
+            value = graph.initializers.get(key)
+            if value is None or not value.uses():
+                raise ExportError(
+                    f"site {site!r} cannot be swapped in the exported graph: the model does not use its {leg}"
+                )
+            name = f"{site}.{leg}"
+            _release(graph, value, name)
+            _set_shape(value, shape)
+            opened[name] = Opened(tuple(shape), TorchTensor(legs[leg].default, name=name))
+            values[leg] = value
+        _forget_sizes(graph, site, values, ids)
     return opened
+
+
+def _set_shape(value: Any, shape: Sequence[int | str]) -> None:
+    import onnx_ir as ir
+
+    value.shape = ir.Shape(list(shape))
+
+
+def _forget_sizes(graph: Any, site: str, legs: Mapping[str, Any], ids: Any) -> None:
+    """Let no node between the legs and their last product know the legs' sizes; name the nodes after the site."""
+    *_, (last_leg, last_value) = legs.items()
+    products = set()
+    for use in last_value.uses():
+        node = _down(use.node)
+        if node is None:
+            raise ExportError(
+                f"site {site!r} cannot be swapped in the exported graph: {last_leg} is no factor of a plain product"
+            )
+        products.add(node)
+    between: dict[Any, str] = {}  # node -> the leg that leads there; the last product included
+    for leg, value in legs.items():
+        waiting = [use.node for use in value.uses()]
+        while waiting:
+            node = waiting.pop(0)
+            if node not in between:
+                between[node] = leg
+                if node not in products:
+                    waiting += [use.node for output in node.outputs for use in output.uses()]
+    for node, leg in between.items():
+        node.name = _node_name(site, last_leg if node in products else leg, node)
+        if node.op_type == "Gather" and ids is not None:
+            node.replace_input_with(1, ids)
+        if node.op_type == "Reshape":
+            _merge_two(graph, node, right=leg == last_leg)
+    for node, leg in between.items():
+        if node in products:
+            continue
+        for output in node.outputs:
+            output.shape = None
+        if node.op_type == "MatMul":
+            node.outputs[0].name = f"{site}.x{leg}"
+
+
+def _node_name(site: str, leg: str, node: Any) -> str:
+    return f"{site}/{leg}" if node.op_type in ("MatMul", "Gemm") else f"{site}/{leg}/{node.op_type}"
+
+
+def _down(node: Any) -> Any:
+    """The product that a right factor ends in, through what only selects, casts or reshapes it."""
+    while node.op_type in ("Gather", "Cast", "Reshape"):
+        users = [use.node for use in node.outputs[0].uses()]
+        if len(users) != 1:
+            return None
+        node = users[0]
+    return node if node.op_type in ("MatMul", "Gemm") else None
+
+
+def _merge_two(graph: Any, node: Any, right: bool) -> None:
+    """Make a reshape that joins two dimensions say so without numbers: the last two, or the two before the last of a
+    right factor."""
+    import onnx_ir as ir
+
+    before, after = node.inputs[0].shape, node.outputs[0].shape
+    assert before is not None and after is not None and len(after) == len(before) - 1, node
+    sizes = [0] * (len(after) - 2) + [-1, int(after[-1])] if right else [0] * (len(after) - 1) + [-1]
+    shape = ir.Value(name=f"{node.name}.shape", const_value=ir.tensor(np.array(sizes, dtype=np.int64)))
+    shape.dtype, shape.shape = ir.DataType.INT64, ir.Shape([len(sizes)])
+    graph.register_initializer(shape)
+    node.replace_input_with(1, shape)
+    node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+
+
+def pin(model: Any, keys: Sequence[str]) -> None:
+    """Keep initializers as they are through the optimizer, until `unpin`: values that others are told to look at."""
+    graph = model.graph
+    for key in keys:
+        if key not in graph.initializers:
+            hint = ", ".join(near_misses(key, graph.initializers)) or "nothing like it"
+            raise ExportError(f"the tensor {key!r} is no initializer of the exported graph (it has {hint})")
+        _release(graph, graph.initializers[key], key)
+
+
+def unpin(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give pinned initializers their values back."""
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    graph = model.graph
+    for value in [value for value in graph.inputs if value.name in tensors]:
+        graph.inputs.remove(value)
+        value.const_value = TorchTensor(tensors[value.name].detach(), name=value.name)
+        graph.initializers[value.name] = value
 
 
 def open_trained(model: Any, defaults: Mapping[str, torch.Tensor]) -> dict[str, Opened]:
@@ -139,6 +232,29 @@ def open_trained(model: Any, defaults: Mapping[str, torch.Tensor]) -> dict[str, 
             raise ExportError(f"the trained tensor {key!r} is no initializer of the exported graph (it has {hint})")
         _release(graph, value, key)
         opened[key] = Opened(tuple(tensor.shape), TorchTensor(tensor.detach(), name=key))
+    return opened
+
+
+def open_stacks(model: Any, stacks: Mapping[str, tuple[str, torch.Tensor]]) -> dict[str, Opened]:
+    """Turn the initializers called like the keys of `stacks` into inputs `(slots, ...)` of the given name and default,
+    whose rows the input `adapter_ids` chooses."""
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    graph = model.graph
+    ids = next(value for value in graph.inputs if value.name == IDS)
+    opened: dict[str, Opened] = {}
+    for key, (name, tensor) in stacks.items():
+        value = graph.initializers.get(key)
+        if value is None or not value.uses():
+            raise ExportError(f"the stack {name!r} is not used by the exported graph")
+        _release(graph, value, name)
+        shape = ("slots", *tensor.shape[1:])
+        _set_shape(value, shape)
+        opened[name] = Opened(shape, TorchTensor(tensor, name=name))
+        for use in value.uses():
+            owner, leg, _ = name.rsplit(".", 2)
+            use.node.name = f"{owner}/{leg}/{use.node.op_type}"
+            use.node.replace_input_with(1, ids)
     return opened
 
 

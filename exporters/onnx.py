@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..backends.parity import Parity, array, reference, tolerance_of
+from ..backends.parity import Parity, tolerance_of
 from ..backends.staging import staged
 from ..rewriter.errors import listing
 from ..rewriter.signature import (
@@ -30,10 +30,10 @@ from ..rewriter.state import unwrap
 from . import graph, manifest
 from .errors import ExportError
 from .parity import compare, quiet_session
-from .plans import Merged, Swappable
+from .plans import Banked, Merged, Plan, Swappable
 
 Shape = tuple[int | str, ...]
-MODES = ("merged", "swappable")
+MODES = ("merged", "swappable", "bank")
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,12 @@ class OnnxExport:
             f"  outputs  {shapes(self.outputs)}",
         ]
         if self.adapter_inputs:
-            pairs = sum(name.endswith(".A") for name in self.adapter_inputs)
-            rest = len(self.adapter_inputs) - 2 * pairs
-            lines.append(f"  adapter  {pairs} sites (A, B of any rank)" + (f", {rest} trained tensors" if rest else ""))
+            sites = {name.rpartition(".")[0] for name, shape in self.adapter_inputs.items() if _rank_free(name, shape)}
+            rest = sum(not _rank_free(name, shape) for name, shape in self.adapter_inputs.items())
+            forms = sorted({name.rpartition(".")[2] for name, s in self.adapter_inputs.items() if _rank_free(name, s)})
+            said = [f"{len(sites)} sites ({', '.join(forms)} of any rank)"] if sites else []
+            said += [f"{rest} trained tensors"] if rest else []
+            lines.append(f"  adapter  {', '.join(said)}")
         lines.append(f"  parity   tolerance {self.tolerance:.0e} of each output's largest value")
         lines += [
             f"    {check.case:<32} {check.relative:8.1e}  (absolute {check.absolute:.1e})  {check.sizes}"
@@ -94,24 +97,42 @@ def export_onnx(
     opset: int | None = None,
     name: str | None = None,
     *,
+    capacity: int | None = None,
+    rank: int | None = None,
     tolerance: float | None = None,
     external_data: bool | None = None,
     seed: int = 0,
 ) -> OnnxExport:
     """Write `adapted` to `path` (`*.onnx`) and return what was written.
 
-    adapters        "merged": the adapters folded into the weights, a plain graph. "swappable": the base model with free
-                    inputs `<site>.A (in, rank)`, `<site>.B (rank, out)` and the trained head's tensors; left out, the
-                    graph is the base, and `export_ort_adapter` writes adapters of any rank for it.
+    adapters        "merged": the adapters folded into the weights, a plain graph.
+                    "swappable": the base model with free inputs for one adapter, see below; left out, the graph is the
+                    base. `export_ort_adapter` writes adapters of any size for it, `OrtSession` runs them.
+                    "bank": the base model with slots for many adapters, and an input `adapter_ids (batch,)` int64 that
+                    chooses one for every sample. Slot 0 is the base model. `adapted` is what `fg.bank` gives, or a
+                    model whose adapters all become tenants; `OrtSession` fills further slots, by name.
     example_inputs  a tuple of positional or a mapping of keyword arguments; tensors become inputs under their
                     parameter names, None, bool, int, float and str become constants.
     dynamic_shapes  {input: {axis: name or torch.export.Dim}}; None makes the batch axis, and the sequence axis of
                     integer and mask inputs, dynamic; {} fixes every axis. A dynamic axis is at least 2 in the example.
     opset           ONNX opset; None is the exporter's default.
     name            which adapter; None is the active one ("merged": all active ones).
+    capacity, rank  "bank": how many tenants, and of which rank, a session makes room for; by default those of the bank.
+                    The file holds the tenants it was given and no empty slots, and a session may choose otherwise.
     tolerance       largest allowed difference from torch over the largest value of an output; None picks by dtype
                     (float32 5e-5).
     external_data   weights in a file of their own; None does so beyond 1.5 GB.
+
+    Inputs for one adapter, by method; all are left out, or all are given:
+    LoRA, LoRA-XS, LoRA-SB, Uni-LoRA, PRoLoRA   `<site>.A (in, rank)`, `<site>.B (rank, out)`: one graph for all five
+    HydraLoRA       `<site>.A (in, rank)`, `<site>.router (in, experts)`, `<site>.B (experts, rank, out)`
+    GLoRA           the merged `<weight>` and `<bias>` of every site in whole, by their names in the base model: fed by
+                    name they take the place of the base's. No small tensors will do, as the method scales the base
+                    weight elementwise.
+    trained heads   their tensors, by their names in the base model
+    In a bank the low-rank methods and HydraLoRA have the same names with a first dimension of slots, and heads are
+    `<name>.delta`, differences to the base. HydraLoRA banks have one number of experts. GLoRA has no bank: every slot
+    would hold, and every sample gather, whole weights.
 
     A model without adapters is exported as it is ("merged"), a baseline to compare with. The graph is run in
     onnxruntime against torch, on the example and on fresh random inputs of other sizes, before it is moved into place.
@@ -123,8 +144,9 @@ def export_onnx(
         raise ExportError(f"export_onnx({type(adapted).__name__}, ...): give the adapted model, an nn.Module")
     adapted = unwrap(adapted)
     if adapters not in MODES:
-        hint = "; a bank of adapters is not available yet, use 'swappable'" if adapters == "bank" else ""
-        raise ExportError(f"adapters={adapters!r} is not one of {listing(MODES)}{hint}")
+        raise ExportError(f"adapters={adapters!r} is not one of {listing(MODES)}")
+    if adapters != "bank" and (capacity is not None or rank is not None):
+        raise ExportError(f"capacity= and rank= are for a bank of adapters (adapters='bank'), not for {adapters!r}")
     example = bind(adapted, example_inputs)
     if dynamic_shapes is None:
         axes = automatic_axes(example)
@@ -136,11 +158,12 @@ def export_onnx(
     check_sizes(example, axes)
     with staged(path, ".onnx") as folder, _eval(adapted), torch.no_grad():
         target = Path(path)
-        plan: Merged | Swappable = Merged(adapted, name) if adapters == "merged" else Swappable(adapted, name)
+        plan = _plan(adapted, adapters, name, capacity, rank)
         limit = tolerance_of(plan.module) if tolerance is None else tolerance
         outputs = named_tensors(_run(plan.truth, example))
-        program = _capture(plan.module, example, dims)
-        names, fixed = symbols(program.graph, axes)
+        traced, its_axes, its_dims = plan.extend(example, axes, dims)
+        program = _capture(plan.module, traced, its_dims)
+        names, fixed = symbols(program.graph, its_axes)
         for key, axis, label, size in fixed:
             if dynamic_shapes is not None or label == "batch":
                 raise ExportError(
@@ -156,6 +179,7 @@ def export_onnx(
         with graph.quiet():
             model.optimize()
         graph.close(model.model, opened)
+        plan.close(model.model)
         graph.tidy(model.model)
         described = _describe(model.model, opened)
         about = {
@@ -163,8 +187,9 @@ def export_onnx(
             "name": plan.name,
             "model": type(adapted).__name__,
             "sites": plan.sites,
-            "trained": sorted(plan.trained),
+            "trained": plan.trained,
             "fingerprint": plan.fingerprint,
+            **plan.about(),
             "tolerance": limit,
             "versions": manifest.versions(),
         }
@@ -189,6 +214,12 @@ def export_onnx(
         notes=notes,
         **described,
     )
+
+
+def _plan(adapted: torch.nn.Module, adapters: str, name: str | None, capacity: int | None, rank: int | None) -> Plan:
+    if adapters == "bank":
+        return Banked(adapted, name, capacity, rank)
+    return Merged(adapted, name) if adapters == "merged" else Swappable(adapted, name)
 
 
 @contextmanager
@@ -241,21 +272,22 @@ def _save(model: Any, file: Path, external_data: bool | None) -> None:
         raise ExportError(f"onnx.checker refuses the exported graph: {error}") from error
 
 
-def _verify(
-    plan: Merged | Swappable, file: Path, example: Example, axes: Axes, limit: float, seed: int
-) -> list[Parity]:
+def _verify(plan: Plan, file: Path, example: Example, axes: Axes, limit: float, seed: int) -> list[Parity]:
     session = quiet_session(file)
     cases = [("example", example.tensors, 0)]
     for step, sizes in enumerate(other_sizes(example, axes) or [{}], start=1):
         cases.append((f"random {step}", fresh(example, axes, sizes, seed + step), step - 1))
     checks = []
     for label, tensors, step in cases:
-        feeds = {key: array(tensor) for key, tensor in tensors.items()}
-        for case, truth, factor_feeds in plan.runs(step):
-            shapes = ", ".join(f"{key} {'x'.join(map(str, tensor.shape))}" for key, tensor in tensors.items())
-            expected = reference(truth, {**tensors, **example.constants}, shapes)
-            checks.append(compare(session, f"{label}, {case}", feeds, expected, limit, factor_feeds))
+        for case, truth, feeds in plan.runs(step, tensors):
+            expected = truth({**tensors, **example.constants})
+            checks.append(compare(session, f"{label}, {case}", tensors, expected, limit, feeds))
     return checks
+
+
+def _rank_free(name: str, shape: Shape) -> bool:
+    """Whether an adapter input belongs to a site's form: one of its legs has the site's own free rank."""
+    return name.rpartition(".")[2] == "router" or f"{name.rpartition('.')[0]}.rank" in shape
 
 
 def _describe(model: Any, opened: Mapping[str, graph.Opened]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .adapterfit import check_fit, check_room, one_slot, overlap
 from .adapterformat import EXPANDED, STRUCTURED, read_adapter
 from .errors import SessionError
 from .expand import Expander
-from .ort_bank import Bank, stored
+from .ort_bank import Bank, room
 from .ort_binding import Provider, device_of, run_bound, start
 from .ort_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
 from .ort_inputs import IDS, Array, check_ids, check_inputs
@@ -48,6 +48,8 @@ class OrtSession:
         threads: int | None = None,
         strict: bool = False,
         binding: bool | None = None,
+        capacity: int | None = None,
+        rank: int | None = None,
     ):
         """Open a graph.
 
@@ -58,6 +60,9 @@ class OrtSession:
         threads     bounds the threads of one operator.
         strict      no node may run on the CPU; a graph with one that has no other kernel does not start.
         binding     run with inputs bound to the device. None does so on CUDA and TensorRT, where it is the only way.
+        capacity    of a graph with a bank: how many tenants have a slot at a time; None is what it was exported for.
+        rank        of a graph with a bank: the largest rank a slot takes; None as for `capacity`. A slot takes
+                    `rank * (in + out)` numbers per site.
         """
         import onnxruntime
 
@@ -66,6 +71,9 @@ class OrtSession:
             raise SessionError(f"there is no graph {str(path)!r}")
         if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
             raise SessionError(f"max_bytes={max_bytes!r}: give a whole number of bytes from 1 up, or None for no limit")
+        for what, size in (("capacity", capacity), ("rank", rank)):
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise SessionError(f"{what}={size!r}: give a whole number from 1 up, or None for what the graph says")
         self._session = start(self.path, providers, threads, strict)
         self.providers: list[str] = self._session.get_providers()
         self.device: Device = device_of(self._session)
@@ -81,9 +89,16 @@ class OrtSession:
         self._cache = AdapterCache(self._read, max_bytes)
         self._bank: Bank | None = None
         if IDS in self.inputs:
-            tenants = (self.manifest or {}).get("tenants", {})
-            self._bank = Bank(stored(self.path, list(self.adapter_inputs)), self._cache, self.device, tenants)
+            told = self.manifest or {}
+            capacity = told.get("capacity") if capacity is None else capacity
+            rank = told.get("rank") if rank is None else rank
+            stacks, bases = room(self.path, self.adapter_inputs, capacity, rank)
+            self._bank = Bank(stacks, self._cache, self.device, told.get("tenants", {}), bases)
             self._fits = one_slot(self.adapter_inputs)
+        elif capacity is not None or rank is not None:
+            raise SessionError(
+                f"capacity= and rank= are for a graph with a bank of adapters (adapters='bank'); {str(path)!r} has none"
+            )
         else:
             self._fits = self.adapter_inputs
 
@@ -175,7 +190,8 @@ class OrtSession:
         """One file, read, expanded, checked against the graph, and on the device."""
         if not self.adapter_inputs:
             raise AdapterError(
-                f"{str(self.path)!r} takes no adapters, it has no inputs for them: export it with adapters='swappable'"
+                f"{str(self.path)!r} takes no adapters, it has no inputs for them: export it with "
+                "adapters='swappable' or 'bank'"
             )
         content = read_adapter(source.path)
         values = content.values
@@ -183,7 +199,7 @@ class OrtSession:
             values = self._expand(content.described, values, f"adapter {name!r} in {str(source.path)!r}")
         ranks = check_fit(name, values, self._fits, source.partial)
         if self._bank is not None:
-            check_room(name, values, self.adapter_inputs)
+            check_room(name, values, self._bank.stacks)
         expected = (self.manifest or {}).get("fingerprint")
         # Files of other writers carry no fingerprint, and that of a partial adapter covers other sites by design.
         ours = expected is not None and content.adapter_version in (EXPANDED, STRUCTURED)

@@ -1,8 +1,11 @@
 """The slots of a graph with a bank: which tenant sits where, and the stacked tensors a run is fed.
 
 What the graph looks like (`export_onnx(adapters="bank")`): an input `adapter_ids (batch,)` int64 with the slot of every
-sample, slot 0 being the base model; and stacks, overridable initializers whose first dimension is the K slots. A stack
-`<name>` takes the adapter tensor of that name, padded with zeros: `<site>.A (K, in, R)`, `<site>.B (K, R, out)`.
+sample, slot 0 being the base model; and stacks, overridable initializers whose first dimension is free, the K slots. A
+stack `<name>` takes the adapter tensor of that name, padded with zeros: `<site>.A (K, in, R)`, `<site>.B (K, R, out)`,
+of free rank. A stack `<name>.delta` takes the difference of the adapter's `<name>` to the graph's initializer of that
+name. The file holds the tenants it was exported with; the manifest says how many (`capacity`) and how large (`rank`) a
+session makes room for.
 
 The session owns a copy of the stacks and writes tenants into it while others run: a slot is written only when no run
 that goes on uses it.
@@ -22,8 +25,9 @@ import numpy as np
 import torch
 
 from ..rewriter.errors import AdapterError, listing
+from .adapterfit import DIFFERENCE
 from .ort_cache import AdapterCache, LoadedAdapter
-from .ort_values import Device, to_ort
+from .ort_values import Device, TensorInfo, to_ort
 
 BAKED = 0  # serial of a tenant that came with the graph
 Key = tuple[str, int]  # a tenant's name, and which of the adapters that had the name
@@ -45,12 +49,14 @@ class Bank:
         cache: where a tenant's tensors come from, on the CPU.
         device: of the session.
         baked: tenants that came with the graph, and their slots. They stay until they are unloaded or replaced.
+        bases: what the differences are taken to, by adapter tensor.
     """
 
     stacks: dict[str, torch.Tensor]
     cache: AdapterCache
     device: Device
     baked: Mapping[str, int] = field(default_factory=dict)
+    bases: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.slots = next(iter(self.stacks.values())).shape[0]
@@ -180,9 +186,11 @@ class Bank:
         self.evictions += len(out)
         for (key, adapter), slot in zip(tenants.items(), places, strict=True):
             for name, stack in self.stacks.items():
-                row, entry = stack[slot.number], adapter.values.get(name)
+                row, its = stack[slot.number], name.removesuffix(DIFFERENCE)
                 row.zero_()
+                entry = adapter.values.get(its)
                 if entry is not None:
+                    entry = entry - self.bases[its] if its in self.bases else entry
                     row[tuple(slice(size) for size in entry.shape)].copy_(entry)
             self._moved += slot.used
             slot.used = True
@@ -193,12 +201,42 @@ class Bank:
             self._values = {key: to_ort(stack, self.device) for key, stack in self.stacks.items()}
 
 
-def stored(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Copies of initializers of a graph file, which onnxruntime does not give out."""
+def room(
+    path: Path, graph: Mapping[str, TensorInfo], capacity: int | None, rank: int | None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A graph's stacks with room for `capacity` tenants of ranks up to `rank` (None: as they are), and the initializers
+    that differences are taken to. onnxruntime gives out neither.
+
+    Raises `AdapterError` where the tenants of the graph do not fit.
+    """
     import onnx_ir as ir
 
     initializers = ir.load(path).graph.initializers
-    return {name: _copy(initializers[name].const_value) for name in names}
+    stacks, bases = {}, {}
+    for name, info in graph.items():
+        stack = _copy(initializers[name].const_value)
+        shape = list(stack.shape)
+        for axis, symbol in enumerate(info.shape):
+            wanted = capacity + 1 if symbol == "slots" and capacity else rank if _is_rank(symbol) else None
+            if wanted is not None and wanted < shape[axis]:
+                raise AdapterError(
+                    f"capacity={capacity}, rank={rank}: the graph's own tenants take {shape[0] - 1} slots, and rank "
+                    f"{shape[axis]} in {name!r}: give at least that"
+                )
+            shape[axis] = wanted or shape[axis]
+        if shape != list(stack.shape):
+            larger = stack.new_zeros(shape)
+            larger[tuple(slice(size) for size in stack.shape)] = stack
+            stack = larger
+        stacks[name] = stack
+        key = name.removesuffix(DIFFERENCE)
+        if key != name:
+            bases[key] = _copy(initializers[key].const_value)
+    return stacks, bases
+
+
+def _is_rank(symbol: Any) -> bool:
+    return isinstance(symbol, str) and symbol.endswith(".rank")
 
 
 def _copy(value: Any) -> torch.Tensor:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..backends.parity import Parity, hold, sizes_of
 from .errors import ExportError, ParityError
+from .ort_values import to_array, to_ort
 
 
 def quiet_session(path: Path) -> Any:
@@ -27,18 +29,20 @@ def quiet_session(path: Path) -> Any:
 def compare(
     session: Any,
     case: str,
-    feeds: Mapping[str, np.ndarray],
+    inputs: Mapping[str, torch.Tensor],
     expected: Mapping[str, np.ndarray],
     tolerance: float,
-    factors: Mapping[str, np.ndarray] | None = None,
+    feeds: Mapping[str, torch.Tensor] | None = None,
 ) -> Parity:
-    """Run `session` on `feeds` (and adapter tensors) and hold every output against `expected`.
+    """Run `session` on `inputs` (and adapter tensors) and hold every output against `expected`.
 
     Raises `ParityError` where onnxruntime fails or differs, see `hold`.
     """
-    sizes = sizes_of(feeds)
+    sizes = sizes_of(inputs)
+    values = {name: to_ort(tensor) for name, tensor in {**inputs, **(feeds or {})}.items()}
     try:
-        results = session.run(list(expected), {**feeds, **(factors or {})})
+        results = session.run_with_ort_values(list(expected), values)
     except Exception as error:  # as above
         raise ParityError(f"onnxruntime fails on the exported graph ({case}; {sizes}): {error}") from error
-    return hold(dict(zip(expected, results, strict=True)), expected, "onnxruntime", case, sizes, tolerance)
+    got = {name: to_array(value) for name, value in zip(expected, results, strict=True)}
+    return hold(got, expected, "onnxruntime", case, sizes, tolerance)

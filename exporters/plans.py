@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..backends.parity import array
-from ..passes.factors import factor_keys, factored, factors
+from ..backends.parity import reference, sizes_of
+from ..passes.bank import BANK, bank, bank_record
+from ..passes.forms import base_weights, form_of, opened, opened_bank
 from ..passes.merge import merge
-from ..rewriter.api import active, base_of
-from ..rewriter.state import find_state
+from ..rewriter.api import active, base_of, set_active
+from ..rewriter.errors import AdapterError
+from ..rewriter.method import ADAPTER_IDS
+from ..rewriter.signature import Axes, Example
+from ..rewriter.skeleton import copy_skeleton
+from ..rewriter.state import ModelState, find_state, record_of
 from . import graph, manifest
 from .adapterfile import swappable_head
+from .adapterfit import DIFFERENCE
 from .errors import ExportError
 
-# What a run feeds beside the inputs, and the torch model it must agree with: (label, model, adapter tensors).
-Run = tuple[str, torch.nn.Module, dict[str, np.ndarray]]
+Inputs = Mapping[str, torch.Tensor]
+Arrays = dict[str, np.ndarray]
+# What a run feeds beside the inputs, and what must come out: (label, inputs -> torch's outputs, other feeds).
+Run = tuple[str, Callable[[dict[str, Any]], Arrays], dict[str, torch.Tensor]]
 
 
-class Merged:
-    """One plain graph: the adapters are in the weights, and the truth is the adapted model itself."""
+class Plan:
+    """What the modes have in common. `module` is traced, `truth` runs on the example."""
 
-    sites: list[str] = []
-    trained: dict[str, torch.Tensor] = {}
+    module: torch.nn.Module
+    truth: torch.nn.Module
+    name: str | None = None
+    sites: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
     fingerprint = 0
+
+    def extend(self, example: Example, axes: Axes, dims: dict[str, Any]) -> tuple[Example, Axes, dict[str, Any]]:
+        """The example the module is traced with, from the user's."""
+        return example, axes, dims
+
+    def open(self, model: Any) -> dict[str, graph.Opened]:
+        """Turn adapter tensors into inputs, before the optimizer runs."""
+        return {}
+
+    def close(self, model: Any) -> None:
+        """Undo, behind the optimizer, what `open` did for its sake only."""
+
+    def about(self) -> dict[str, Any]:
+        """What the manifest says of the mode."""
+        return {}
+
+    def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
+        """The comparisons to make on these inputs; `step` from 0 up asks for adapters of other sizes."""
+        raise NotImplementedError
+
+
+def _torch(module: torch.nn.Module) -> Callable[[dict[str, Any]], Arrays]:
+    def run(inputs: dict[str, Any]) -> Arrays:
+        return reference(module, inputs, sizes_of({k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}))
+
+    return run
+
+
+class Merged(Plan):
+    """One plain graph: the adapters are in the weights, and the truth is the adapted model itself."""
 
     def __init__(self, adapted: torch.nn.Module, name: str | None):
         self.name = name
@@ -37,42 +79,201 @@ class Merged:
         # A chosen adapter need not be the active one; then the merged weights are the only form that has just it.
         self.truth = adapted if name is None or active(adapted) == [name] else self.module
 
-    def open(self, model: Any) -> dict[str, graph.Opened]:
-        return {}
-
-    def runs(self, step: int) -> Iterator[Run]:
-        yield "merged", self.truth, {}
+    def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
+        yield "merged", _torch(self.truth), {}
 
 
-class Swappable:
+class Swappable(Plan):
     """The base with room for an adapter: two truths, the base model without one and the adapted model with one."""
 
     def __init__(self, adapted: torch.nn.Module, name: str | None):
-        on = active(adapted)
-        if name is None:
-            if len(on) != 1:
-                raise ExportError(f"a swappable graph is made for one adapter and {len(on)} are active: give name=")
-            name = on[0]
-        self.name = name
+        self.name, self.truth = _one(adapted, name)
         self.base = base_of(adapted).eval()
-        self.pairs = factors(adapted, name)
-        self.trained = swappable_head(adapted, name)
-        self.keys = factor_keys(adapted, name)
-        self.module = factored(adapted, name).eval()
-        self.truth = adapted if on == [name] else self.module
-        self.sites = sorted(self.pairs)
+        self.twin = opened(adapted, self.name)
+        self.module = self.twin.module.eval()
+        self.head = swappable_head(adapted, self.name)
+        state = self.base.state_dict()
+        self.defaults = {key: state[key] for key in self.head} | base_weights(self.base, self.twin.whole)
+        self.trained = tuple(sorted(self.defaults))
+        self.sites = tuple(sorted(site.name for site in record_of(adapted, self.name).sites))
         self.fingerprint = manifest.fingerprint(self.base, self.sites)
 
     def open(self, model: Any) -> dict[str, graph.Opened]:
-        state = self.base.state_dict()
-        heads = graph.open_trained(model, {key: state[key] for key in self.trained})
-        return {**graph.open_factors(model, self.keys), **heads}
+        sites = {}
+        for site, (form, tensors) in self.twin.sites.items():
+            legs = {}
+            for leg, axes in form.axes.items():
+                sizes = zip(axes, tensors[leg].shape, strict=True)
+                shape = tuple(size if axis in ("in", "out") else f"{site}.{axis}" for axis, size in sizes)
+                default = tensors[leg].new_zeros([size if isinstance(size, int) else 0 for size in shape])
+                legs[leg] = graph.Leg(self.twin.keys[site][leg], shape, default)
+            sites[site] = legs
+        heads = graph.open_trained(model, self.defaults)
+        return {**graph.open_sites(model, sites), **heads}
 
-    def runs(self, step: int) -> Iterator[Run]:
-        yield "no adapter", self.base, {}
-        feeds = {key: array(tensor) for key, tensor in self.trained.items()}
-        for site, (a, b) in self.pairs.items():
-            # Zero columns change nothing but the rank: the graph must not remember the one it was traced with.
-            feeds[f"{site}.A"] = np.pad(array(a), ((0, 0), (0, step)))
-            feeds[f"{site}.B"] = np.pad(array(b), ((0, step), (0, 0)))
-        yield f"adapter {self.name!r}" + (f", rank + {step}" if step else ""), self.truth, feeds
+    def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
+        yield "no adapter", _torch(self.base), {}
+        feeds = {**self.head, **self.twin.whole}
+        for site, (form, values) in self.twin.sites.items():
+            # The graph must not remember the sizes it was traced with.
+            grown = form.grown(values, step) if step else values
+            feeds.update({f"{site}.{leg}": tensor for leg, tensor in grown.items()})
+        larger = f", rank + {step}" if step and self.twin.sites else ""
+        yield f"adapter {self.name!r}{larger}", _torch(self.truth), feeds
+
+
+def _one(adapted: torch.nn.Module, name: str | None) -> tuple[str, torch.nn.Module]:
+    """The adapter's name, and a model in which it alone is active."""
+    on = active(adapted)
+    if name is None:
+        if len(on) != 1:
+            raise ExportError(f"a swappable graph is made for one adapter and {len(on)} are active: give name=")
+        name = on[0]
+    return name, adapted if on == [name] else _alone(adapted, name)
+
+
+def _alone(adapted: torch.nn.Module, name: str) -> torch.nn.Module:
+    record_of(adapted, name)
+    twin = copy_skeleton(adapted)
+    set_active(twin, [name])
+    return twin.eval()
+
+
+class Banked(Plan):
+    """The base with slots for many adapters and an input that says which slot each sample takes.
+
+    The truth is torch with one adapter at a time: every row of a batch is held against the model that has only the
+    row's adapter.
+    """
+
+    name = None
+
+    def __init__(self, model: torch.nn.Module, name: str | None, capacity: int | None, rank: int | None):
+        if name is not None:
+            raise ExportError(
+                f"name={name!r}: a bank takes every adapter of the model; fg.bank(model, tenants) makes one of some"
+            )
+        banked = model if bank_record(model) is not None else _stack(model)
+        record = bank_record(banked)
+        assert record is not None
+        self.tenants = dict(record.tenants)
+        # Slots behind the last tenant are made by whoever runs the graph.
+        slots = max(self.tenants.values(), default=1) + 1
+        self.base = base_of(banked).eval()
+        self.twin = opened_bank(banked, BANK, slots)
+        self.module, self.truth = self.twin.module.eval(), self.base
+        self.capacity = _room(capacity, record.slots - 1, "capacity", "the number of tenants", slots - 1)
+        ranks = {dict(form.sizes_of(tensors))["rank"] for form, tensors in self.twin.sites.values()}
+        self.rank = _room(rank, max(ranks), "rank", "the rank of the bank", max(ranks))
+        self.alone = {
+            name: _slot(banked, slot) if banked is model else _torch(_alone(model, name))
+            for name, slot in self.tenants.items()
+        }
+        sites = record_of(banked, BANK).sites
+        self.sites = tuple(sorted(self.twin.sites))
+        state = self.module.state_dict()
+        # Base state-dict key of a trained head -> the stack of its differences: its key in the twin, and its values.
+        self.heads = {
+            f"{site.owner}.{leg}".lstrip("."): (key, state[key].detach())
+            for site in sites
+            if site.name not in self.twin.sites
+            for leg, key in self.twin.keys[site.name].items()
+        }
+        self.trained = tuple(sorted(self.heads))
+        self.fingerprint = manifest.fingerprint(self.base, self.sites)
+
+    def about(self) -> dict[str, Any]:
+        return {"capacity": self.capacity, "rank": self.rank, "tenants": self.tenants}
+
+    def extend(self, example: Example, axes: Axes, dims: dict[str, Any]) -> tuple[Example, Axes, dict[str, Any]]:
+        first = next((name for name, tensor in example.tensors.items() if tensor.dim()), None)
+        if first is None:
+            raise ExportError("no example input has a batch axis, so there are no samples to choose adapters for")
+        tensors = {**example.tensors, ADAPTER_IDS: self._ids(example.tensors, 0)}
+        if 0 in axes.get(first, {}):
+            axes = {**axes, ADAPTER_IDS: {0: axes[first][0]}}
+            dims = {**dims, ADAPTER_IDS: {0: dims[first][0]}}
+        return dataclasses.replace(example, tensors=tensors), axes, {**dims, ADAPTER_IDS: dims.get(ADAPTER_IDS)}
+
+    def _ids(self, tensors: Inputs, start: int) -> torch.Tensor:
+        """Tenants in turn, and the base model."""
+        batch = next(tensor for tensor in tensors.values() if tensor.dim()).shape[0]
+        slots = [*self.tenants.values(), 0]
+        return torch.tensor([slots[(i + start) % len(slots)] for i in range(batch)])
+
+    def open(self, model: Any) -> dict[str, graph.Opened]:
+        sites = {}
+        for site, (form, tensors) in self.twin.sites.items():
+            legs = {}
+            for leg, axes in form.axes.items():
+                free = {"slots": "slots", "rank": f"{site}.rank"}
+                shape = tuple(free.get(axis, size) for axis, size in zip(axes, tensors[leg].shape, strict=True))
+                legs[leg] = graph.Leg(self.twin.keys[site][leg], shape, tensors[leg])
+            sites[site] = legs
+        graph.pin(model, list(self.heads))
+        stacks = {stack: (f"{key}{DIFFERENCE}", values) for key, (stack, values) in self.heads.items()}
+        return {**graph.open_sites(model, sites), **graph.open_stacks(model, stacks)}
+
+    def close(self, model: Any) -> None:
+        state = self.base.state_dict()
+        graph.unpin(model, {key: state[key] for key in self.heads})
+
+    def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
+        ids = self._ids(tensors, step)
+        yield "no adapter", _torch(self.base), {ADAPTER_IDS: torch.zeros_like(ids)}
+        feeds = {ADAPTER_IDS: ids}
+        if step:  # other slots and ranks than the graph was traced with
+            for site, (form, values) in self.twin.sites.items():
+                feeds.update({f"{site}.{leg}": tensor for leg, tensor in form.grown(values, step).items()})
+            for key, (_, values) in self.heads.items():
+                feeds[f"{key}{DIFFERENCE}"] = torch.cat([values, values.new_zeros(step, *values.shape[1:])])
+        larger = f", {step} more slots, rank + {step}" if step else ""
+        yield f"mixed batch{larger}", lambda inputs: self._rows(inputs, ids.tolist()), feeds
+
+    def _rows(self, inputs: dict[str, Any], slots: list[int]) -> Arrays:
+        """Every row from the model with the row's adapter alone."""
+        names = {slot: name for name, slot in self.tenants.items()}
+        outputs = {
+            slot: (self.alone[names[slot]] if slot else _torch(self.base))(inputs) for slot in dict.fromkeys(slots)
+        }
+        rows = {}
+        for key, first in outputs[slots[0]].items():
+            if not first.ndim or first.shape[0] % len(slots):
+                raise ExportError(
+                    f"output {key!r} {first.shape} has no row for each of the {len(slots)} samples, so it cannot come "
+                    "from a batch of several adapters; leave it out of the model's outputs, or export 'swappable'"
+                )
+            split = {slot: np.split(given[key], len(slots)) for slot, given in outputs.items()}
+            rows[key] = np.concatenate([split[slot][i] for i, slot in enumerate(slots)])
+        return rows
+
+
+def _stack(model: torch.nn.Module) -> torch.nn.Module:
+    """The bank of a model's adapters."""
+    for name, record in (find_state(model) or ModelState()).adapters.items():
+        groups = [group for group in record.groups if form_of(group.method) is None]
+        sites = [site for group in groups for site in group.sites]
+        if sites and groups[0].method.unmergeable is None:
+            size = sum(site.out_features * (site.in_features + 1) * site.dtype.itemsize for site in sites)
+            raise ExportError(
+                f"adapter {name!r} has no small tensors ({groups[0].method.not_low_rank}), so in a bank every slot "
+                f"would hold whole weights, {size:,} bytes, and every sample of a batch would gather as much. Export "
+                "it with adapters='swappable' and give each run one adapter, or each adapter a merged graph"
+            )
+    return bank(model)
+
+
+def _slot(banked: torch.nn.Module, slot: int) -> Callable[[dict[str, Any]], Arrays]:
+    def run(inputs: dict[str, Any]) -> Arrays:
+        batch = next(v for v in inputs.values() if isinstance(v, torch.Tensor) and v.dim()).shape[0]
+        return _torch(banked)({**inputs, ADAPTER_IDS: torch.full((batch,), slot)})
+
+    return run
+
+
+def _room(value: Any, default: int, name: str, what: str, least: int) -> int:
+    if value is None:
+        return max(default, least)
+    if isinstance(value, bool) or not isinstance(value, int) or value < max(least, 1):
+        raise AdapterError(f"{name}={value!r}: give a whole number from {max(least, 1)} up, {what}")
+    return value

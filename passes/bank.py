@@ -200,11 +200,16 @@ def _ranks(source: _Source) -> Iterator[Tensor]:
 
 
 # -- tenants -----------------------------------------------------------------------------------------------------
+def bank_record(model: nn.Module) -> BankRecord | None:
+    """What a bank knows of itself; None for any other model."""
+    return unwrap(model).__dict__.get(f"_{BANK}")
+
+
 def _record(banked: nn.Module) -> BankRecord:
-    record = unwrap(banked).__dict__.get(f"_{BANK}")
+    record = bank_record(banked)
     if record is None:
         raise AdapterError(f"this {type(unwrap(banked)).__name__} is no bank: fg.bank(model, tenants) makes one")
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def tenants(banked: nn.Module) -> dict[str, int]:

@@ -9,53 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..rewriter.api import adapter_modules, base_of, graft_adapter, trained_modules
 from ..rewriter.errors import MergeError
-from ..rewriter.graft import Emitter
-from ..rewriter.method import Decl, Declaration, InitContext, Method, Tensors
 from ..rewriter.sites import Site
 from ..rewriter.spec import Spec, Target
 from ..rewriter.state import AdapterRecord, record_of, unwrap
-from ..rewriter.targets import resolve
 from .methods.lora import LoRA
-
-FACTORS = "factors"  # name of the adapter in a factored twin
-
-
-@dataclass(frozen=True)
-class Factors(Method, key="factors"):
-    """The form exports use: `y += (x A) B` as two plain products, ranks site by site.
-
-    Tensors per site: `A (in, r)`, `B (r, out)`: stored so that a graph needs no transpose.
-    """
-
-    ranks: tuple[int, ...] = ()
-
-    def declare(self, sites: Sequence[Site]) -> Declaration:
-        return Declaration(
-            [
-                {"A": Decl((s.in_features, r)), "B": Decl((r, s.out_features))}
-                for s, r in zip(sites, self.ranks, strict=True)
-            ]
-        )
-
-    def initialise(
-        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
-    ) -> None:
-        for tensors in local:
-            for tensor in tensors.values():
-                tensor.zero_()
-
-    def emit(self, e: Emitter) -> fx.Node:
-        return e.add(e.call(torch.matmul, e.call(torch.matmul, e.x, e.tensor("A")), e.tensor("B")))
-
-    def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
-        return local["A"].t(), local["B"].t()
 
 
 def _low_rank(root: nn.Module, name: str) -> AdapterRecord:
@@ -77,27 +40,29 @@ def linear_factors(adapted: nn.Module, name: str) -> dict[str, tuple[Tensor, Ten
         for _, tensors in adapter_modules(root, name, record):
             if tensors.site is None:
                 continue
-            shared = {k: _wide(t) for k, t in tensors.shared_tensors().items()}
-            local = {k: _wide(t) for k, t in tensors.tensors().items()}
+            shared = {k: wide(t) for k, t in tensors.shared_tensors().items()}
+            local = {k: wide(t) for k, t in tensors.tensors().items()}
             found[tensors.site.name] = tensors.method.factors(shared, local)
     return found
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 where it is narrower, detached."""
     return tensor.detach().float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor.detach()
 
 
 def factors(adapted: nn.Module, name: str = "default") -> dict[str, tuple[Tensor, Tensor]]:
     """For each site `A (in, r)` and `B (r, out)`, contiguous, in the dtype of the base weight, scales folded into B."""
     root = unwrap(adapted)
-    dtypes = {site.name: _compute_dtype(root, site) for site in record_of(root, name).sites}
+    dtypes = {site.name: compute_dtype(root, site) for site in record_of(root, name).sites}
     return {
         site: (A.t().to(dtypes[site]).contiguous(), B.t().to(dtypes[site]).contiguous())
         for site, (A, B) in linear_factors(root, name).items()
     }
 
 
-def _compute_dtype(root: nn.Module, site: Site) -> torch.dtype:
+def compute_dtype(root: nn.Module, site: Site) -> torch.dtype:
+    """The dtype of the base weight, float32 for one that is quantised."""
     weight = root.get_submodule(site.owner)._parameters[site.weight]
     assert weight is not None
     return weight.dtype if weight.is_floating_point() else torch.float32
@@ -113,15 +78,6 @@ def trained(adapted: nn.Module, name: str = "default") -> dict[str, Tensor]:
     }
 
 
-def factor_keys(adapted: nn.Module, name: str = "default") -> dict[str, tuple[str, str]]:
-    """Site name -> the state-dict keys of its A and B in the factored twin."""
-    keys = {}
-    for site in record_of(unwrap(adapted), name).sites:
-        stem = ".".join(part for part in (site.owner, "fxgraft", FACTORS, site.key) if part)
-        keys[site.name] = (f"{stem}.A", f"{stem}.B")
-    return keys
-
-
 def sites_as_targets(sites: Sequence[Site]) -> tuple[Target | str, ...]:
     """Targets that name exactly these sites, whatever patterns found them."""
     whole = [re.escape(s.name) for s in sites if s.whole]
@@ -133,35 +89,6 @@ def sites_as_targets(sites: Sequence[Site]) -> tuple[Target | str, ...]:
     for stem, cut in parts.items():
         targets.append(Target(f"re:{re.escape(stem)}", cut[0].parts, tuple(s.part for s in cut)))
     return tuple(targets)
-
-
-def factored(adapted: nn.Module, name: str = "default") -> nn.Module:
-    """A twin over the same base tensors in which every site of the adapter computes `y + (x @ A) @ B`.
-
-    Its state-dict keys are those of `factor_keys`; the modules the adapter trains stand under their base keys with the
-    trained values. The twin is in the mode (train or eval) of the model.
-    """
-    root = unwrap(adapted)
-    record = _low_rank(root, name)
-    values = factors(root, name)
-    order = [site.name for site in record.sites]
-    plain = base_of(root)
-    modules = dict(plain.named_modules())
-    for path, module in trained_modules(root, name, record).items():
-        parent, _, leaf = path.rpartition(".")
-        modules[parent]._modules[leaf] = module
-    spec = Spec(Factors(), targets=sites_as_targets(record.sites))
-    found = [site.name for site, _ in resolve(plain, spec).sites]
-    assert sorted(found) == sorted(order), (found, order)
-    spec = Spec(Factors(ranks=tuple(values[n][0].shape[1] for n in found)), targets=spec.targets)
-    dtypes = {A.dtype for A, _ in values.values()}
-    twin = graft_adapter(plain, spec, FACTORS, dtype=dtypes.pop() if len(dtypes) == 1 else None, initialise=False)
-    with torch.no_grad():
-        for _, tensors in adapter_modules(twin, FACTORS, record_of(twin, FACTORS)):
-            A, B = values[tensors.site.name]  # type: ignore[union-attr]
-            tensors._parameters["A"].copy_(A)  # type: ignore[union-attr]
-            tensors._parameters["B"].copy_(B)  # type: ignore[union-attr]
-    return twin
 
 
 def to_lora(adapted: nn.Module, name: str = "default") -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,12 +65,22 @@ def merge(adapted: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
     return plain.train(root.training) if root.training != plain.training else plain
 
 
-def _fold(root: nn.Module, names: Sequence[str], modules: dict[str, nn.Module]) -> dict[tuple[str, str], Tensor]:
+def fold_weights(root: nn.Module, name: str, only: Callable[[AdapterTensors], bool]) -> dict[tuple[str, str], Tensor]:
+    """`(owner path, attribute) -> merged tensor` of one adapter's sites for which `only` is true."""
+    return _fold(root, [name], dict(base_modules(root)), only)
+
+
+def _fold(
+    root: nn.Module,
+    names: Sequence[str],
+    modules: dict[str, nn.Module],
+    only: Callable[[AdapterTensors], bool] = lambda tensors: True,
+) -> dict[tuple[str, str], Tensor]:
     """`(owner path, attribute) -> merged tensor`, stored layout and dtype of the base."""
     by_weight: dict[tuple[str, str], list[tuple[str, AdapterTensors]]] = {}
     for name in names:
         for _, tensors in adapter_modules(root, name, record_of(root, name), modules):
-            if tensors.site is not None:
+            if tensors.site is not None and only(tensors):
                 by_weight.setdefault((tensors.site.owner, tensors.site.weight), []).append((name, tensors))
     replaced: dict[tuple[str, str], Tensor] = {}
     swallowed = True

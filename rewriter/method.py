@@ -128,6 +128,11 @@ class Method(abc.ABC):
         """The method that holds adapters with these configs in one graph; None: a stack of low-rank factors."""
         return None
 
+    # -- exported graphs -------------------------------------------------------------------------------------------
+    def form(self) -> type[OpenForm] | None:
+        """What a graph takes of such an adapter at a site, as inputs; None: low-rank factors, or whole weights."""
+        return None
+
     # -- JSON ------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `method_from_dict` reads it back."""
@@ -155,6 +160,56 @@ class BankMethod(Method, key=""):
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """What one adapter of `method` puts into its slot: of the shared tensors, and of one site's. An entry may be
         smaller than the slot: the rest stays zero."""
+
+    def opened(self, shared: Tensors, local: Tensors) -> tuple[type[OpenForm], dict[str, Tensor]]:
+        """The form a graph takes a site's stacks in, and the stacks, slots first."""
+        raise MergeError(f"{type(self).__name__} has no form that a graph takes as inputs")
+
+
+@dataclass(frozen=True)
+class OpenForm(Method, key=""):
+    """Base of the forms in which a graph takes adapters as inputs: the same graph for adapters of every size.
+
+    `axes` names the dimensions of each tensor: `in` and `out` are the site's, the others are the adapter's own. With
+    all of those 0 the form adds an exact zero. The last tensor is the right factor of the last product.
+
+    Args:
+        sizes: for each site, `(axis, size)` of the axes that are the adapter's own.
+    """
+
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    sizes: tuple[tuple[tuple[str, int], ...], ...] = ()
+
+    @classmethod
+    @abc.abstractmethod
+    def read(cls, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
+        """The tensors of one site in this form, scales folded in, in the dtype of the method's own."""
+
+    @classmethod
+    @abc.abstractmethod
+    def grown(cls, tensors: Tensors, step: int) -> dict[str, Tensor]:
+        """The same function in larger tensors: every axis of the adapter's own grows, for `step` from 1 up."""
+
+    def declare(self, sites: Sequence[Site]) -> Declaration:
+        local = []
+        for site, sizes in zip(sites, self.sizes, strict=True):
+            size = {"in": site.in_features, "out": site.out_features, **dict(sizes)}
+            local.append({name: Decl(tuple(size[axis] for axis in axes)) for name, axes in self.axes.items()})
+        return Declaration(local)
+
+    def initialise(
+        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
+    ) -> None:
+        for tensors in local:
+            for tensor in tensors.values():
+                tensor.zero_()
+
+    @classmethod
+    def sizes_of(cls, tensors: Tensors) -> tuple[tuple[str, int], ...]:
+        """`(axis, size)` of tensors in this form."""
+        found = {axis: n for key, axes in cls.axes.items() for axis, n in zip(axes, tensors[key].shape, strict=True)}
+        return tuple((axis, n) for axis, n in found.items() if axis not in ("in", "out"))
 
 
 def method_from_dict(data: Mapping[str, Any]) -> Method:

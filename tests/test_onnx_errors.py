@@ -113,14 +113,14 @@ def test_a_full_disk_leaves_the_previous_files(adapted, tmp_path, monkeypatch):
 
 def test_modes_and_models(adapted, tmp_path):
     path = tmp_path / "m.onnx"
-    with pytest.raises(ExportError, match="bank of adapters is not available yet, use 'swappable'"):
-        export_onnx(adapted, path, (X,), adapters="bank")
-    with pytest.raises(ExportError, match="'unmerged' is not one of 'merged', 'swappable'"):
+    with pytest.raises(ExportError, match="'unmerged' is not one of 'merged', 'swappable', 'bank'"):
         export_onnx(adapted, path, (X,), adapters="unmerged")
     with pytest.raises(fg.AdapterError, match="has no adapter"):
         export_onnx(models.classifier(), path, (X,), adapters="swappable")
     with pytest.raises(ExportError, match="give the adapted model"):
         export_onnx("model", path, (X,))
+    with pytest.raises(ExportError, match="capacity= and rank= are for a bank"):
+        export_onnx(adapted, path, (X,), adapters="swappable", rank=8)
     with pytest.raises(fg.AdapterError, match="'other'"):
         export_onnx(adapted, path, (X,), adapters="swappable", name="other")
     assert names(tmp_path) == []

@@ -41,7 +41,8 @@ def bank(tmp_path_factory):
     """`y = x W + (x A[ids]) B[ids]` with one tenant that came with the graph, seven adapter files, and W."""
     folder = tmp_path_factory.mktemp("bank")
     weight = np.random.default_rng(9).standard_normal((IN, OUT)).astype(np.float32)
-    stacks = {"up.A": np.zeros((SLOTS, IN, RANK), np.float32), "up.B": np.zeros((SLOTS, RANK, OUT), np.float32)}
+    # The file has the graph's own tenant only: rank 2, in slot 2 of 3. The session makes the room it is told to make.
+    stacks = {"up.A": np.zeros((3, IN, 2), np.float32), "up.B": np.zeros((3, 2, OUT), np.float32)}
     for name, value in factors(100, 2).items():
         stacks[name][(2, *(slice(size) for size in value.shape))] = value
     nodes = [
@@ -61,13 +62,15 @@ def bank(tmp_path_factory):
         [
             helper.make_tensor_value_info("x", f, ["batch", IN]),
             helper.make_tensor_value_info("adapter_ids", TensorProto.INT64, ["batch"]),
-            *(helper.make_tensor_value_info(name, f, list(value.shape)) for name, value in stacks.items()),
+            helper.make_tensor_value_info("up.A", f, ["slots", IN, "up.rank"]),
+            helper.make_tensor_value_info("up.B", f, ["slots", "up.rank", OUT]),
         ],
         [helper.make_tensor_value_info("y", f, ["batch", OUT])],
         [numpy_helper.from_array(value, name) for name, value in {**stacks, "W": weight, "one": np.array([1])}.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    text = manifest.dump({"adapters": "bank", "tenants": {"built-in": 2}, "fingerprint": 1})
+    said = {"adapters": "bank", "tenants": {"built-in": 2}, "fingerprint": 1, "capacity": SLOTS - 1, "rank": RANK}
+    text = manifest.dump(said)
     helper.set_model_props(model, {manifest.KEY: text})
     save(model, folder / "bank.onnx")
     for i, name in enumerate(NAMES):
@@ -231,7 +234,8 @@ def test_replacing_and_unloading(bank):
 def test_adapters_that_do_not_fit_a_slot(bank, tmp_path):
     session = opened(bank, names=[])
     wide = write(tmp_path / "wide.onnx_adapter", factors(1, RANK + 1))
-    with pytest.raises(fg.AdapterError, match=r"'up.B' is \(4, 5\) and a slot of the bank takes up to \(3, 5\)"):
+    said = r"'up.A' is \(6, 4\) and a slot of the bank takes up to \(6, 3\): give OrtSession a larger rank"
+    with pytest.raises(fg.AdapterError, match=said):
         session.load("wide", wide, check_base=False)
     arrays = factors(1, 2)
     del arrays["up.B"]

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import AdapterError
 from ...rewriter.graft import Emitter
-from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, InitContext, Method, Tensors
+from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, InitContext, Method, OpenForm, Tensors
 from ...rewriter.sites import Site
 from .bank_lora import no_delta, per_sample
 from .hydralora import HydraLoRA
@@ -78,6 +78,12 @@ class HydraLoRABank(BankMethod, key="bank_hydralora"):
             raise AdapterError(f"{method} does not fit a bank of HydraLoRA adapters with {self.experts} experts")
         B = local["B"].unflatten(0, (method.experts, method.rank)) * method.scale
         return {}, {"A": local["A"], "router": local["router"], "B": B}
+
+    def opened(self, shared: Tensors, local: Tensors) -> tuple[type[OpenForm], dict[str, Tensor]]:
+        from .form_hydralora import RoutedBank
+
+        A, router = local["A"].transpose(1, 2), local["router"].transpose(1, 2)
+        return RoutedBank, {"A": A, "router": router, "B": local["B"]}
 
     def emit(self, e: Emitter) -> fx.Node:
         tensors = [e.tensor(name) for name in ("A", "router", "B")]

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ...rewriter.dialect import cast, operator
 from ...rewriter.graft import Emitter
-from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, InitContext, Method, Tensors
+from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, InitContext, Method, OpenForm, Tensors
 from ...rewriter.sites import Site
 
 
@@ -69,6 +69,11 @@ class LoRABank(BankMethod, key="bank_lora"):
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         A, B = method.factors(shared, local)
         return {}, {"A": A, "B": B.t()}
+
+    def opened(self, shared: Tensors, local: Tensors) -> tuple[type[OpenForm], dict[str, Tensor]]:
+        from .form_factors import FactorsBank
+
+        return FactorsBank, {"A": local["A"].transpose(1, 2), "B": local["B"]}
 
     def emit(self, e: Emitter) -> fx.Node:
         return e.add(e.call(bank_lora, e.x, e.shared(ADAPTER_IDS), e.tensor("A"), e.tensor("B")))

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import AdapterError
 from ...rewriter.graft import Emitter
-from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, InitContext, Method, Tensors
+from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, InitContext, Method, OpenForm, Tensors
 from ...rewriter.sites import Site
 from .bank_lora import no_delta, per_sample
 from .unilora import UniLoRA
@@ -65,6 +65,12 @@ class UniLoRABank(BankMethod, UniLoRA, key="bank_unilora"):
                 f"{method} has another projection than the bank's {self}; make the bank with expand=True"
             )
         return {"theta": shared["theta"]}, {}
+
+    def opened(self, shared: Tensors, local: Tensors) -> tuple[type[OpenForm], dict[str, Tensor]]:
+        from .form_factors import FactorsBank
+
+        pairs = [self.factors({**shared, "theta": theta}, local) for theta in shared["theta"]]
+        return FactorsBank, {"A": torch.stack([A.t() for A, _ in pairs]), "B": torch.stack([B.t() for _, B in pairs])}
 
     def emit(self, e: Emitter) -> fx.Node:
         return e.add(

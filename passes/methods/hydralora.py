@@ -25,6 +25,7 @@ from ...rewriter.method import (
     Declaration,
     InitContext,
     Method,
+    OpenForm,
     Tensors,
     check_dropout,
     check_positive,
@@ -149,6 +150,11 @@ class HydraLoRA(Method, key="hydralora"):
         else:
             dropped = e.dropped(self.dropout)
         return e.add(e.call(hydralora, e.x, dropped, e.tensor("A"), e.tensor("router"), e.tensor("B"), self.scale))
+
+    def form(self) -> type[OpenForm]:
+        from .form_hydralora import Routed
+
+        return Routed
 
     def bank(self, tenants: Sequence[Method], slots: int) -> BankMethod | None:
         from .bank_hydralora import HydraLoRABank
