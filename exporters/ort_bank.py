@@ -220,8 +220,8 @@ def room(
             wanted = capacity + 1 if symbol == "slots" and capacity else rank if _is_rank(symbol) else None
             if wanted is not None and wanted < shape[axis]:
                 raise AdapterError(
-                    f"capacity={capacity}, rank={rank}: the graph's own tenants take {shape[0] - 1} slots, and rank "
-                    f"{shape[axis]} in {name!r}: give at least that"
+                    f"capacity={capacity}, rank={rank}: the graph's own tenants take {stack.shape[0] - 1} slots, and "
+                    f"rank {shape[axis]} in {name!r}: give at least that"
                 )
             shape[axis] = wanted or shape[axis]
         if shape != list(stack.shape):

@@ -190,7 +190,7 @@ def test_experts_of_a_bank_are_of_one_number(tmp_path):
     session = fg.OrtSession(tmp_path / "m.onnx")
     other = tenants(base, fg.HydraLoRA(rank=2, experts=2), 1)["t0"]
     file = fg.export_ort_adapter(other, tmp_path / "other.onnx_adapter")
-    with pytest.raises(fg.AdapterError, match=r"'down.B' has shape \(2, 2, 5\), the graph takes float32 \(3 x"):
+    with pytest.raises(fg.AdapterError, match=r"the graph takes float32 \((3 x down.rank x 5|6 x 3)\)"):
         session.load("other", file)
     with pytest.raises(SessionError, match="capacity=0"):
         fg.OrtSession(tmp_path / "m.onnx", capacity=0)
