@@ -13,7 +13,6 @@ from ..backends.staging import staged
 from ..passes.factors import trained
 from ..passes.forms import form_values, whole_weights
 from ..rewriter.api import base_of
-from ..rewriter.errors import listing
 from ..rewriter.state import record_of, unwrap
 from . import manifest
 from .adapterfit import finite
@@ -38,7 +37,8 @@ def export_ort_adapter(
                   dtype, and the trained modules' tensors (HydraLoRA: a router too, GLoRA: the merged weights, see
                   `export_onnx`); onnxruntime's own `LoraAdapter` takes the file too. False:
                   the method's own tensors with its config, in their own dtype; `OrtSession.load` expands them to the
-                  same numbers, bit for bit. None writes whichever has fewer bytes: the structured form for Uni-LoRA
+                  same numbers, bit for bit, and a graph of `export_onnx(expanded=False)` takes them as they are (GLoRA:
+                  only there). None writes whichever has fewer bytes: the structured form for Uni-LoRA
                   and PRoLoRA, the expanded one for LoRA, and for LoRA-XS and LoRA-SB, whose frozen A and B go along.
     share_frozen  leave frozen tensors to `frozen-<hash>.onnx_adapter` in the same folder, written once for all
                   adapters that have the same ones: a LoRA-XS tenant is then its R alone. Keep the files together.
@@ -57,12 +57,10 @@ def export_ort_adapter(
     version = manifest.fingerprint(base_of(adapted), sites)
     content = AdapterFile(plain, None, EXPANDED, version)
     files: dict[str, AdapterFile] = {}
-    if whole and expanded is False:
-        raise ExportError(
-            f"adapter {name!r} changes the weights {listing(whole)} elementwise, so no small tensors give them to a "
-            "graph; expanded=True writes them in whole"
-        )
-    structured = None if expanded or whole else _structured(adapted, name, plain, forced=expanded is False)
+    # Whole weights follow from the base's, which who loads the file does not have: only a graph that does the method's
+    # arithmetic takes the small tensors, so they are written where they are asked for.
+    skip = expanded or (whole and expanded is None)
+    structured = None if skip else _structured(adapted, name, None if whole else plain, forced=expanded is False)
     if structured is not None:
         described, own, frozen = structured
         beside = frozen if share_frozen else {}
@@ -96,11 +94,14 @@ def swappable_head(adapted: torch.nn.Module, name: str) -> dict[str, torch.Tenso
 
 
 def _structured(
-    adapted: torch.nn.Module, name: str, plain: Tensors, forced: bool
+    adapted: torch.nn.Module, name: str, plain: Tensors | None, forced: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
-    """The description, the trained and the frozen tensors, if expanding them gives `plain`; else None, or an error."""
+    """The description, the trained and the frozen tensors, if expanding them gives `plain` (None: not to be expanded);
+    else None, or an error."""
     own, frozen = ({key: tensor.cpu() for key, tensor in part.items()} for part in own_tensors(adapted, name))
     described = describe(adapted, name)
+    if plain is None:
+        return described, own, frozen
     again = Expander()(described, {**own, **frozen}, f"adapter {name!r}")
     wrong = [key for key, tensor in plain.items() if key not in again or not torch.equal(again[key], tensor)]
     if not wrong and len(again) == len(plain):

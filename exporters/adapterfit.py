@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -66,6 +67,23 @@ def check_fit(
         if not finite(value):
             raise AdapterError(f"adapter {adapter!r}: {name!r} has values that are not finite")
     return {symbol.removesuffix(".rank"): size for symbol, (size, _) in sizes.items() if symbol.endswith(".rank")}
+
+
+def check_config(adapter: str, given: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:
+    """Hold an adapter's description against that of a graph that takes the method's own tensors."""
+    if given is None:
+        raise AdapterError(
+            f"adapter {adapter!r} holds expanded tensors, and the graph takes the method's own: write it with "
+            "export_ort_adapter(expanded=False), or export the graph with expanded=True"
+        )
+    ours, theirs = ([(group["method"], group["sites"]) for group in said["groups"]] for said in (own, given))
+    if ours != theirs:
+        methods = [[method for method, _ in groups] for groups in (theirs, ours)]
+        raise AdapterError(
+            f"adapter {adapter!r} has another config than the graph, which does the method's arithmetic: "
+            + (f"{methods[0]} and not {methods[1]}" if methods[0] != methods[1] else "it is of other sites")
+            + "; a graph exported with expanded=True takes both"
+        )
 
 
 def _sites(graph: Mapping[str, TensorInfo]) -> set[str]:

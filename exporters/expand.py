@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..passes.factors import compute_dtype, trained
 from ..passes.forms import read_form
-from ..rewriter.api import adapter_modules
-from ..rewriter.errors import CheckpointError, SpecError, listing
+from ..rewriter.api import adapter_modules, trained_modules
+from ..rewriter.errors import CheckpointError, MergeError, SpecError, listing
 from ..rewriter.method import Decl, Declaration, Method, Tensors, method_from_dict
 from ..rewriter.sites import Site
 from ..rewriter.state import record_of, unwrap
@@ -69,6 +69,20 @@ def own_tensors(adapted: torch.nn.Module, name: str) -> tuple[dict[str, Tensor],
     return {**own, **floating(trained(root, name))}, frozen
 
 
+def own_keys(adapted: torch.nn.Module, name: str) -> dict[str, str]:
+    """Name of every tensor of `own_tensors` -> its state-dict key in the model."""
+    root = unwrap(adapted)
+    record = record_of(root, name)
+    paths = {id(module): path for path, module in root.named_modules()}
+    keys = {}
+    for prefix, tensors in adapter_modules(root, name, record):
+        stem = paths[id(tensors)]
+        keys.update({prefix + key: f"{stem}.{key}" for key in tensors.tensors()})
+    for path, module in trained_modules(root, name, record).items():
+        keys.update({f"{path}.{key}": f"{paths[id(module)]}.{key}" for key in module.state_dict()})
+    return keys
+
+
 class Expander:
     """Turns structured adapters into factors and keeps the latest derived tensors. Safe to share between threads."""
 
@@ -103,7 +117,7 @@ class Expander:
                 found.update(self._group(group, left, what))
             for key in described["trained"]:
                 found[key] = _take(left, key, what)
-        except (SpecError, KeyError, TypeError, ValueError) as error:
+        except (SpecError, MergeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{what} cannot be expanded: {error}") from error
         if left:
             raise CheckpointError(f"{what} has tensors its method does not have: {listing(left)}")

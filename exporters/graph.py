@@ -219,19 +219,23 @@ def unpin(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         graph.initializers[value.name] = value
 
 
-def open_trained(model: Any, defaults: Mapping[str, torch.Tensor]) -> dict[str, Opened]:
-    """Turn the initializers called like the keys of `defaults` into graph inputs with those default values."""
+def open_trained(
+    model: Any, defaults: Mapping[str, torch.Tensor], keys: Mapping[str, str] | None = None
+) -> dict[str, Opened]:
+    """Turn initializers into graph inputs of these names with these defaults; `keys` has what they are called before,
+    where that is something else."""
     from onnx_ir.tensor_adapters import TorchTensor
 
     graph = model.graph
     opened: dict[str, Opened] = {}
-    for key, tensor in defaults.items():
+    for name, tensor in defaults.items():
+        key = (keys or {}).get(name, name)
         value = graph.initializers.get(key)
         if value is None:
             hint = ", ".join(near_misses(key, graph.initializers)) or "nothing like it"
             raise ExportError(f"the trained tensor {key!r} is no initializer of the exported graph (it has {hint})")
-        _release(graph, value, key)
-        opened[key] = Opened(tuple(tensor.shape), TorchTensor(tensor.detach(), name=key))
+        _release(graph, value, name)
+        opened[name] = Opened(tuple(tensor.shape), TorchTensor(tensor.detach(), name=name))
     return opened
 
 

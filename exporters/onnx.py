@@ -30,7 +30,7 @@ from ..rewriter.state import unwrap
 from . import graph, manifest
 from .errors import ExportError
 from .parity import compare, quiet_session
-from .plans import Banked, Merged, Plan, Swappable
+from .plans import Banked, Merged, Own, Plan, Swappable
 
 Shape = tuple[int | str, ...]
 MODES = ("merged", "swappable", "bank")
@@ -97,6 +97,7 @@ def export_onnx(
     opset: int | None = None,
     name: str | None = None,
     *,
+    expanded: bool = True,
     capacity: int | None = None,
     rank: int | None = None,
     tolerance: float | None = None,
@@ -117,6 +118,10 @@ def export_onnx(
                     integer and mask inputs, dynamic; {} fixes every axis. A dynamic axis is at least 2 in the example.
     opset           ONNX opset; None is the exporter's default.
     name            which adapter; None is the active one ("merged": all active ones).
+    expanded        "swappable": False makes the method's own tensors the inputs, under the names of their checkpoint
+                    (Uni-LoRA: the one vector `theta`), all zero by default, and the graph does the method's arithmetic
+                    at every run. Only adapters of the same config fit, written with
+                    `export_ort_adapter(expanded=False)`. Smaller in memory, and for GLoRA on disk, and slower.
     capacity, rank  "bank": how many tenants, and of which rank, a session makes room for; by default those of the bank.
                     The file holds the tenants it was given and no empty slots, and a session may choose otherwise.
     tolerance       largest allowed difference from torch over the largest value of an output; None picks by dtype
@@ -145,6 +150,8 @@ def export_onnx(
     adapted = unwrap(adapted)
     if adapters not in MODES:
         raise ExportError(f"adapters={adapters!r} is not one of {listing(MODES)}")
+    if not expanded and adapters != "swappable":
+        raise ExportError(f"expanded=False is for adapters='swappable', not for {adapters!r}")
     if adapters != "bank" and (capacity is not None or rank is not None):
         raise ExportError(f"capacity= and rank= are for a bank of adapters (adapters='bank'), not for {adapters!r}")
     example = bind(adapted, example_inputs)
@@ -158,7 +165,7 @@ def export_onnx(
     check_sizes(example, axes)
     with staged(path, ".onnx") as folder, _eval(adapted), torch.no_grad():
         target = Path(path)
-        plan = _plan(adapted, adapters, name, capacity, rank)
+        plan = _plan(adapted, adapters, name, expanded, capacity, rank)
         limit = tolerance_of(plan.module) if tolerance is None else tolerance
         outputs = named_tensors(_run(plan.truth, example))
         traced, its_axes, its_dims = plan.extend(example, axes, dims)
@@ -216,10 +223,14 @@ def export_onnx(
     )
 
 
-def _plan(adapted: torch.nn.Module, adapters: str, name: str | None, capacity: int | None, rank: int | None) -> Plan:
+def _plan(
+    adapted: torch.nn.Module, adapters: str, name: str | None, expanded: bool, capacity: int | None, rank: int | None
+) -> Plan:
     if adapters == "bank":
         return Banked(adapted, name, capacity, rank)
-    return Merged(adapted, name) if adapters == "merged" else Swappable(adapted, name)
+    if adapters == "merged":
+        return Merged(adapted, name)
+    return Swappable(adapted, name) if expanded else Own(adapted, name)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from ..rewriter.errors import AdapterError, listing
 from . import manifest
 from .adapterfile import export_ort_adapter
-from .adapterfit import check_fit, check_room, one_slot, overlap
+from .adapterfit import check_config, check_fit, check_room, one_slot, overlap
 from .adapterformat import EXPANDED, STRUCTURED, read_adapter
 from .errors import SessionError
 from .expand import Expander
@@ -195,7 +195,10 @@ class OrtSession:
             )
         content = read_adapter(source.path)
         values = content.values
-        if content.described is not None:
+        own = (self.manifest or {}).get("own")
+        if own is not None:
+            check_config(name, content.described, own)
+        elif content.described is not None:
             values = self._expand(content.described, values, f"adapter {name!r} in {str(source.path)!r}")
         ranks = check_fit(name, values, self._fits, source.partial)
         if self._bank is not None:

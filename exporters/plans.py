@@ -11,7 +11,7 @@ import torch
 
 from ..backends.parity import reference, sizes_of
 from ..passes.bank import BANK, bank, bank_record
-from ..passes.forms import base_weights, form_of, opened, opened_bank
+from ..passes.forms import base_weights, form_of, opened, opened_bank, whole_weights
 from ..passes.merge import merge
 from ..rewriter.api import active, base_of, set_active
 from ..rewriter.errors import AdapterError
@@ -23,6 +23,7 @@ from . import graph, manifest
 from .adapterfile import swappable_head
 from .adapterfit import DIFFERENCE
 from .errors import ExportError
+from .expand import describe, own_keys, own_tensors
 
 Inputs = Mapping[str, torch.Tensor]
 Arrays = dict[str, np.ndarray]
@@ -120,6 +121,39 @@ class Swappable(Plan):
             feeds.update({f"{site}.{leg}": tensor for leg, tensor in grown.items()})
         larger = f", rank + {step}" if step and self.twin.sites else ""
         yield f"adapter {self.name!r}{larger}", _torch(self.truth), feeds
+
+
+class Own(Plan):
+    """The model with its adapter's own tensors as inputs: the graph does the method's arithmetic. Zeros are no adapter:
+    every method's delta is a product with a tensor that starts at zero, or of the vector itself."""
+
+    def __init__(self, adapted: torch.nn.Module, name: str | None):
+        self.name, self.truth = _one(adapted, name)
+        self.module = self.truth
+        self.base = base_of(adapted).eval()
+        whole_weights(adapted, self.name)  # a supernet says here that it has no one path yet
+        own, frozen = own_tensors(self.truth, self.name)
+        self.values = {**own, **frozen}
+        self.keys = own_keys(self.truth, self.name)
+        state, head = self.base.state_dict(), swappable_head(adapted, self.name)
+        self.defaults = {
+            key: state[key] if key in head else torch.zeros_like(tensor) if tensor.is_floating_point() else tensor
+            for key, tensor in self.values.items()
+        }
+        self.trained = tuple(sorted(self.defaults))
+        self.described = describe(adapted, self.name)
+        self.sites = tuple(sorted(site.name for site in record_of(adapted, self.name).sites))
+        self.fingerprint = manifest.fingerprint(self.base, self.sites)
+
+    def about(self) -> dict[str, Any]:
+        return {"own": self.described}
+
+    def open(self, model: Any) -> dict[str, graph.Opened]:
+        return graph.open_trained(model, self.defaults, self.keys)
+
+    def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
+        yield "no adapter", _torch(self.base), {}
+        yield f"adapter {self.name!r}", _torch(self.truth), self.values
 
 
 def _one(adapted: torch.nn.Module, name: str | None) -> tuple[str, torch.nn.Module]:

@@ -157,8 +157,9 @@ def test_glora_swaps_whole_weights_and_biases(tmp_path):
         session.load(name, file)
         agrees(session, model, adapter=name)
         assert read_adapter(file).values["up.weight"].shape == (11, 6)
-    with pytest.raises(ExportError, match="no small tensors"):
-        fg.export_ort_adapter(one, tmp_path / "b.onnx_adapter", expanded=False)
+    small = fg.export_ort_adapter(one, tmp_path / "b.onnx_adapter", expanded=False)
+    with pytest.raises(fg.CheckpointError, match="GLoRA has no form a graph takes as inputs"):
+        session.load("b", small)
 
 
 def test_glora_has_no_bank_and_says_why(tmp_path):
@@ -188,3 +189,49 @@ def test_glora_beside_lora_and_on_a_conv1d(tmp_path):
     session = fg.OrtSession(tmp_path / "m.onnx", threads=1)
     session.load("a", fg.export_ort_adapter(adapted, tmp_path / "a.onnx_adapter"))
     agrees(session, adapted)
+
+
+# -- the method's own tensors in the graph -------------------------------------------------------------------------
+OWN = {
+    "lora": fg.LoRA(rank=3, alpha=7),
+    "unilora": fg.UniLoRA(rank=4, vector_length=40, init_bound=0.5),
+    "prolora": fg.PRoLoRA(rank=5, unshared=1, a_chunks=2, b_chunks=2),
+    "lora_xs": fg.LoRAXS(rank=4, alpha=6),
+    "hydralora": fg.HydraLoRA(rank=2, experts=3),
+    "glora": fg.GLoRA(rank=2, path=PATH),
+}
+
+
+@pytest.mark.parametrize("label", OWN)
+def test_a_graph_that_does_the_methods_arithmetic(tmp_path, label):
+    base = models.classifier()
+    one, other = (graft(base, OWN[label], train=("head",), seed=seed) for seed in (1, 2))
+    export = fg.export_onnx(one, tmp_path / "m.onnx", (X,), adapters="swappable", expanded=False)
+    if label == "unilora":
+        assert export.adapter_inputs == {"theta": (40,), "head.weight": (3, 5), "head.bias": (3,)}
+    session = fg.OrtSession(tmp_path / "m.onnx", threads=1)
+    with torch.no_grad():
+        want = base(X)
+    for key, got in session.run({"x": X}).items():
+        assert models.difference(got, want[key]) < 1e-6
+    for name, model in (("a", one), ("b", other)):
+        session.load(name, fg.export_ort_adapter(model, tmp_path / f"{name}.onnx_adapter", expanded=False))
+        agrees(session, model, adapter=name)
+
+
+def test_own_tensors_of_another_config_are_refused(tmp_path):
+    base = models.classifier()
+    uni = graft(base, OWN["unilora"])
+    fg.export_onnx(uni, tmp_path / "m.onnx", (X,), adapters="swappable", expanded=False)
+    session = fg.OrtSession(tmp_path / "m.onnx", threads=1)
+    path = tmp_path / "a.onnx_adapter"
+    for model, options, said in (
+        (uni, {"expanded": True}, "holds expanded tensors, and the graph takes the method's own"),
+        (graft(base, fg.UniLoRA(rank=4, vector_length=40, seed=1)), {"expanded": False}, "another config.*'seed': 1"),
+        (graft(base, OWN["unilora"], ["up"]), {"expanded": False}, "it is of other sites"),
+    ):
+        fg.export_ort_adapter(model, path, **options)
+        with pytest.raises(fg.AdapterError, match=said):
+            session.load("a", path)
+    with pytest.raises(ExportError, match="expanded=False is for adapters='swappable'"):
+        fg.export_onnx(uni, tmp_path / "m.onnx", (X,), expanded=False)
