@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from triton_cases import CASES, DTYPES
+from triton_cases import CASES, DTYPES, METHODS
 
 #: of the oracle's largest entry. Half precision: two roundings of the result's and of z's 11 bits. The interpreter cuts
 #: bfloat16's 8 bits off instead of rounding them, which doubles their error.
@@ -47,7 +47,14 @@ def test_wrong_ids_give_nan(outcome):
     assert outcome["wrong ids"] == [False, True, True, False]
 
 
-def test_through_the_compiler(outcome):
-    done = outcome["compile"]
+def test_the_sum_by_index(outcome):
+    found = outcome["segments"]
+    assert found["error"] < 1e-7 and found["tiny"] < 1e-6
+    assert found["same bits"] and found["zeros"] == 0 and found["nan"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_through_the_compiler(outcome, method):
+    done = outcome["compile"][method]
     assert done["forward"] < 1e-5 and done["backward"] < 1e-5
     assert "kernels triton: triton" in done["explain"] and "Lower made" in done["explain"]

@@ -20,7 +20,7 @@ from fxgraft.backends.triton.gates import Form, Sizes, decide
 from fxgraft.backends.triton.lower import Lower, with_kernels
 from fxgraft.passes import pipelines
 
-KERNELS = {"lora": fg.LoRA(rank=2)}
+KERNELS = {"lora": fg.LoRA(rank=2), "unilora": fg.UniLoRA(rank=2, vector_length=30, init_bound=0.5)}
 
 
 class Two(nn.Module):
@@ -41,8 +41,8 @@ def captured(model, rows=5):
     return fg.capture(model, (torch.randn(rows, model.up.in_features),))
 
 
-def banked():
-    model = adapted(fg.LoRA(rank=2))
+def banked(method):
+    model = adapted(method)
     states = {}
     for name in "abc":
         states[name] = {key: torch.randn_like(value) for key, value in fg.adapter_state(model).items()}
@@ -103,8 +103,29 @@ def test_the_numbers_stay(method):
         assert relative_error(program.graph_module(x), oracle) < 1e-5
 
 
-def test_a_bank_reads_its_ids():
-    model = banked()
+def test_the_shared_gradient_is_one_sum_by_index():
+    model = adapted(fg.UniLoRA(rank=2, vector_length=30, init_bound=0.5)).train()
+    x = torch.randn(5, 12)
+    (theta,) = (p for p in model.parameters() if p.requires_grad)
+    (want,) = torch.autograd.grad(model(x).square().sum(), [theta])
+    program = captured(model)
+    program.training = True
+    result = with_kernels(pipelines.training, Lower(devices=("cpu",)))(program)
+    assert " = summed_factors(" in printed(program) and " = all_factors(" not in printed(program)
+    (made,) = [n for n in program.graph.nodes if getattr(n.target, "__name__", "") == "summed_factors"]
+    assert made.meta["fxgraft"].made_by == "LowerShared"
+    assert "no kernel: training" in " ".join(n.reason for n in result.no_matches)
+    got = [p for n, p in program.graph_module.named_parameters() if n.endswith("theta")]
+    program.graph_module(x).square().sum().backward()
+    assert relative_error(got[0].grad, want) < 1e-5
+    plain = captured(model.eval())
+    left = with_kernels(pipelines.inference, Lower(devices=("cuda",)))(plain).no_matches
+    assert "its kernel is for the way back, and nothing trains" in {n.reason for n in left}
+
+
+@pytest.mark.parametrize("method", KERNELS.values(), ids=KERNELS)
+def test_a_bank_reads_its_ids(method):
+    model = banked(method)
     ids, x = fg.adapter_ids(model, ["b", None, "a", "b", "c"]), torch.randn(5, 12)
     seen = []
 

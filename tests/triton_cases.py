@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fxgraft.backends.triton import lora
+import fxgraft as fg
+from fxgraft.backends.triton import lora, segments, unilora
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -70,6 +71,33 @@ def lora_case(device, dtype, samples, tokens, inner, out, rank, slots=None, fact
     return Case(call, oracle, tensors)
 
 
+# -- Uni-LoRA --------------------------------------------------------------------------------------------------------
+def unilora_case(device, dtype, samples, tokens, inner, out, rank, length, slots=None, base=True):
+    ids = None if slots is None else torch.arange(samples, device=device) % slots
+    stack = () if slots is None else (slots,)
+    index = torch.randint(length, (rank * (inner + out),))
+    counts = torch.bincount(index, minlength=length).clamp(min=1).to(torch.uint8).to(device)
+    index_a = index[: rank * inner].view(rank, inner).int().to(device)
+    index_b = index[rank * inner :].view(rank, out).int().to(device)
+    tensors = floats(
+        device, x=(dtype, samples, tokens, inner), theta=(torch.float32, *stack, length),
+        **({"base": (dtype, samples, tokens, out)} if base else {}),
+    )  # fmt: skip
+
+    def call(x, theta, base=None):
+        return unilora.unilora(base, x, ids, theta, counts, index_a, index_b)
+
+    def oracle(x, theta, base=None):
+        def one(slot, rows):
+            vector = (theta if slot is None else theta[slot]) / counts.double().sqrt()
+            return rows @ vector[index_a.long()].T @ vector[index_b.long()]
+
+        delta = by_sample(one, x, ids)
+        return delta if base is None else base + delta
+
+    return Case(call, oracle, tensors)
+
+
 #: small enough for the interpreter, at 10 to 45 ms a program and step
 CASES: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {
     "lora, bank, ragged": (lora_case, {"samples": 5, "tokens": 3, "inner": 70, "out": 45, "rank": 5, "slots": 4}),
@@ -82,6 +110,18 @@ CASES: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {
     "lora, one, float32 factors": (
         lora_case,
         {"samples": 1, "tokens": 5, "inner": 96, "out": 50, "rank": 70, "factors": torch.float32},
+    ),
+    "unilora, one": (
+        unilora_case,
+        {"samples": 1, "tokens": 19, "inner": 70, "out": 90, "rank": 4, "length": 37},
+    ),
+    "unilora, no base": (
+        unilora_case,
+        {"samples": 3, "tokens": 5, "inner": 65, "out": 17, "rank": 18, "length": 400, "base": False},
+    ),
+    "unilora, bank": (
+        unilora_case,
+        {"samples": 5, "tokens": 2, "inner": 40, "out": 66, "rank": 3, "length": 50, "slots": 3},
     ),
 }
 
@@ -99,6 +139,9 @@ def errors(case: Case, seed: int = 1) -> dict[str, float]:
     return {name: ((a.double() - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 
+METHODS = {"lora": fg.LoRA(4), "unilora": fg.UniLoRA(rank=3, vector_length=50, init_bound=0.5)}
+
+
 def make(name: str, dtype: torch.dtype, device: str = "cpu") -> Case:
     torch.manual_seed(0)
     builder, options = CASES[name]
@@ -112,11 +155,27 @@ def wrong_ids() -> list[bool]:
     return y.isnan().all(-1).all(-1).tolist()
 
 
-def through_compile() -> dict[str, Any]:
-    """`fg.compile(kernels="triton")`, end to end: the errors against the model itself, and what explain says."""
-    from torch import nn
+def segment_sums(device: str = "cpu") -> dict[str, Any]:
+    """The sum by index: its error, whether another order gives the same bits, zeros, and what one NaN makes of it."""
+    torch.manual_seed(0)
+    values, index = torch.randn(5000, device=device) * 10.0 ** torch.randint(-6, 3, (5000,)).to(device), None
+    index = torch.randint(300, (5000,), dtype=torch.int32).to(device)
+    want = torch.zeros(300, dtype=torch.float64, device=device).index_add(0, index, values.double())
+    got = segments.segment_sum(values, index, 300)
+    order = torch.randperm(5000).to(device)
+    again = segments.segment_sum(values[order], index[order], 300)
+    tiny = segments.segment_sum(values * 1e-30, index, 300)
+    return {
+        "error": ((got - want).abs().max() / want.abs().max()).item(),
+        "tiny": ((tiny.double() * 1e30 - want).abs().max() / want.abs().max()).item(),
+        "same bits": torch.equal(got, again),
+        "zeros": segments.segment_sum(torch.zeros_like(values), index, 300).abs().max().item(),
+        "nan": bool(segments.segment_sum(values.index_fill(0, order[:1], torch.inf), index, 300).isnan().all()),
+    }
 
-    import fxgraft as fg
+
+def through_compile(method: Any) -> dict[str, Any]:
+    """`fg.compile(kernels="triton")`, end to end: the errors against the model itself, and what explain says."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -126,7 +185,7 @@ def through_compile() -> dict[str, Any]:
         def forward(self, x):
             return self.down(torch.tanh(self.up(x)))
 
-    model = fg.rewrite(Model().eval(), fg.Spec(fg.LoRA(4), targets=["up", "down"]))
+    model = fg.rewrite(Model().eval(), fg.Spec(method, targets=["up", "down"]))
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -146,4 +205,5 @@ if __name__ == "__main__":
     found: dict[str, Any] = {
         f"{name}, {text}": errors(make(name, dtype)) for name in CASES for text, dtype in DTYPES.items()
     }
-    print(json.dumps({"errors": found, "wrong ids": wrong_ids(), "compile": through_compile()}))
+    compiled = {name: through_compile(method) for name, method in METHODS.items()}
+    print(json.dumps({"errors": found, "wrong ids": wrong_ids(), "segments": segment_sums(), "compile": compiled}))

@@ -6,7 +6,10 @@
 It runs before `Share`, `Choose` and `Siblings`, and what it takes they no longer see: a kernel reads its tensors as
 they are stored, so there is nothing left to share or to expand; joined products of siblings stay ATen's. What the gate
 leaves goes through these passes as without kernels. In training the gate leaves everything whose tensors train: the
-backward passes are large products that cuBLAS does well. `SharedSum` takes Uni-LoRA's gradient behind `Share`.
+backward passes are large products that cuBLAS does well. `LowerShared` runs behind `Share`:
+
+    all_factors(theta, ...)   ->   summed_factors(theta, ...)      in training: one sum of the same bits every run
+
 Does not handle operators without a kernel (GLoRA, LoRA-XS), inputs that are not float32, float16 or bfloat16 on the
 kernels' device, autocast regions (the result's dtype is not the input's), and keyword arguments.
 """
@@ -24,10 +27,10 @@ from ...rewriter.dialect import is_dialect
 from ...rewriter.errors import FxgraftError
 from ...rewriter.passbase import Pass, PassResult, Pipeline, Program, replace_meta
 from ...rewriter.sites import NoMatch
-from . import lora  # noqa: F401  (registers its kernel)
+from . import lora, unilora  # noqa: F401  (they register their kernels)
 from .gates import count, decide
 from .language import DEVICES, DTYPES
-from .registry import Lowering, lowerings
+from .registry import Lowering, lowerings, shared
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,40 @@ def _sum_of(delta: fx.Node) -> fx.Node | None:
     return total if same and base.device == part.device else None
 
 
+@dataclass(frozen=True)
+class LowerShared(Pass):
+    """See the module's A -> B lines. Works in place.
+
+    Args:
+        devices: of inputs that are lowered.
+    """
+
+    devices: tuple[str, ...] = DEVICES
+
+    def run(self, program: Program) -> PassResult:
+        count, no_matches = 0, []
+        for node in list(program.graph.nodes):
+            if node.op != "call_function" or node.target not in shared:
+                continue
+            first = value(node.args[0])
+            if not program.training:
+                no_matches.append(NoMatch("its kernel is for the way back, and nothing trains", node.name))
+            elif first is None or first.device.type not in self.devices or first.dtype not in DTYPES:
+                no_matches.append(NoMatch("its tensors are not the kernels'", node.name))
+            else:
+                node.target = shared[node.target]
+                replace_meta(node, node, type(self).__name__, "the same bits every run")
+                count += 1
+        return PassResult(program, count > 0, count, tuple(no_matches))
+
+
 def with_kernels(pipeline: Pipeline, lower: Lower) -> Pipeline:
-    """The pipeline with the kernels' passes: before the first one that rewrites adapters, `Share`."""
+    """The pipeline with the kernels' passes, around the first one that rewrites adapters, `Share`."""
     passes: list[Pass] = []
     for step in pipeline:
         if isinstance(step, Share):
             passes.append(lower)
         passes.append(step)
+        if isinstance(step, Share):
+            passes.append(LowerShared(lower.devices))
     return Pipeline(f"{pipeline.name} with kernels", tuple(passes))

@@ -60,3 +60,12 @@ def samples(ids: Any) -> int:
         return 1
     count = found.shape[0]
     return int(count.node.hint or 1) if isinstance(count, torch.SymInt) else int(count)
+
+
+#: what `Share` makes of several nodes -> the same with a kernel inside
+shared: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def register_shared(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Say what takes the place of a function that `Share` puts into a graph; same arguments, same results."""
+    shared[function] = replacement

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lora
+from . import lora, segments, unilora
 from .language import INSTALLED, VERSION
 from .launch import Launch
 
@@ -28,7 +28,7 @@ FILE = Path(__file__).with_name("RESOURCES.md")
 CAPABILITIES = (80, 90)
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+    torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
 }  # fmt: skip
 #: samples, tokens, in, out and rank of the compiled calls: one token of 32 tenants, and four prompts
 SHAPES = {"32 x 1, rank 16": (32, 1, 4096, 4096, 16), "4 x 512, rank 64": (4, 512, 4096, 11008, 64)}
@@ -61,6 +61,13 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, list[Launch]]]:
         yield f"bank, {name}", lora.launches(y, x, ids, A, B, 1.0, y)
         A, B = empty(1, rank, inner, of=torch.float32), empty(1, out, rank, of=torch.float32).transpose(1, 2)
         yield f"one, {name}", lora.launches(y, x, None, A, B, 2.0, y)
+        theta, counts = empty(33, 524_288, of=torch.float32), empty(524_288, of=torch.uint8)
+        index_a, index_b = empty(4, inner, of=torch.int32), empty(4, out, of=torch.int32)
+        case = name.rpartition(",")[0]
+        yield f"bank, {case}, rank 4", unilora.launches(y, x, ids, theta, counts, index_a, index_b, y)
+        yield f"one, {case}, rank 4", unilora.launches(y, x, None, theta[:1], counts, index_a, index_b, y)
+    values, index, one = empty(2**23, of=torch.float32), empty(2**23, of=torch.int32), empty(1, of=torch.float64)
+    yield "any", segments.launches(values, index, one, empty(524_288, of=torch.int64))
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
@@ -143,7 +150,7 @@ def table() -> str:
         "| kernel | case | " + " | ".join(f"sm_{c} {_TYPES[d]}" for c, d in TARGETS) + " |",
         "| --- | --- |" + " --- |" * len(TARGETS),
     ]
-    for kernel, case in measured[0]:
+    for kernel, case in sorted(measured[0], key=lambda row: row[0].partition(".")[0]):
         cells = " | ".join(str(column[kernel, case]) for column in measured)
         lines.append(f"| {kernel} | {case} | {cells} |")
     return "\n".join(lines) + "\n"
