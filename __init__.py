@@ -7,8 +7,10 @@ from .backends.inductor import compile
 from .backends.kernels import KernelPreference
 from .exporters.adapterfile import export_ort_adapter
 from .exporters.checkpoint import load_adapter, save_adapter
+from .exporters.errors import VerifyError
 from .exporters.onnx import OnnxExport, export_onnx
 from .exporters.ort import OrtSession
+from .exporters.verify import Verification, verify
 from .passes.analysis import lora_breakdown
 from .passes.bank import adapter_ids, add_tenant, bank, remove_tenant, tenants
 from .passes.estimate import estimate_update
@@ -61,6 +63,8 @@ __all__ = [
     "TargetError",
     "UniLoRA",
     "UpdateEstimate",
+    "Verification",
+    "VerifyError",
     "active",
     "adapter_ids",
     "adapter_state",
@@ -92,4 +96,5 @@ __all__ = [
     "swap",
     "tenants",
     "to_lora",
+    "verify",
 ]

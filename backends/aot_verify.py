@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..rewriter import api
+from ..rewriter.draws import fresh
 from ..rewriter.errors import ExportError
-from ..rewriter.signature import Axes, Example, fresh, named_tensors, other_sizes
+from ..rewriter.signature import Axes, Example, named_tensors, other_sizes
 from .aot_package import Package
 from .parity import Parity, array, hold, reference, sizes_of
 

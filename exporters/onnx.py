@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,24 +14,27 @@ import torch
 
 from ..backends.parity import Parity, tolerance_of
 from ..backends.staging import staged
+from ..rewriter.draws import describe_inputs, fresh
 from ..rewriter.errors import listing
+from ..rewriter.method import ADAPTER_IDS
 from ..rewriter.signature import (
     Axes,
     Example,
     automatic_axes,
     bind,
     check_sizes,
-    fresh,
     given_axes,
     named_tensors,
     other_sizes,
     symbols,
 )
-from ..rewriter.state import unwrap
+from ..rewriter.state import find_state, unwrap
 from . import graph, manifest
+from .checks import Inputs, hold_against_torch, probe
 from .errors import ExportError
-from .parity import compare, quiet_session
-from .plans import Banked, Merged, Own, Plan, Swappable
+from .parity import quiet_session
+from .plans import Plan, make_plan
+from .seal import seal
 
 Shape = tuple[int | str, ...]
 MODES = ("merged", "swappable", "bank")
@@ -163,9 +167,9 @@ def export_onnx(
     else:
         axes, dims = given_axes(example, dynamic_shapes)
     check_sizes(example, axes)
-    with staged(path, ".onnx") as folder, _eval(adapted), torch.no_grad():
+    with staged(path, ".onnx") as folder, eval_mode(adapted), torch.no_grad():
         target = Path(path)
-        plan = _plan(adapted, adapters, name, expanded, capacity, rank)
+        plan = make_plan(adapted, adapters, name, expanded, capacity, rank)
         limit = tolerance_of(plan.module) if tolerance is None else tolerance
         outputs = named_tensors(_run(plan.truth, example))
         traced, its_axes, its_dims = plan.extend(example, axes, dims)
@@ -193,6 +197,7 @@ def export_onnx(
             "adapters": adapters,
             "name": plan.name,
             "model": type(adapted).__name__,
+            "specs": _specs(adapted),
             "sites": plan.sites,
             "trained": plan.trained,
             "fingerprint": plan.fingerprint,
@@ -203,7 +208,12 @@ def export_onnx(
         model.model.metadata_props[manifest.KEY] = manifest.dump(about)
         file = folder / target.name
         _save(model.model, file, external_data)
-        parity = _verify(plan, file, example, axes, limit, seed)
+        session = quiet_session(file)
+        cases, draws = _cases(example, axes, seed)
+        parity = hold_against_torch(plan, session, cases, example.constants, limit)
+        record = _record(plan, session, example, axes, parity, draws)
+        del session
+        seal(file, record)
         files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
         notes = tuple(
             f"axis {axis} of {key} is fixed to {size}: the model computes with the number"
@@ -223,18 +233,8 @@ def export_onnx(
     )
 
 
-def _plan(
-    adapted: torch.nn.Module, adapters: str, name: str | None, expanded: bool, capacity: int | None, rank: int | None
-) -> Plan:
-    if adapters == "bank":
-        return Banked(adapted, name, capacity, rank)
-    if adapters == "merged":
-        return Merged(adapted, name)
-    return Swappable(adapted, name) if expanded else Own(adapted, name)
-
-
 @contextmanager
-def _eval(adapted: torch.nn.Module) -> Iterator[None]:
+def eval_mode(adapted: torch.nn.Module) -> Iterator[None]:
     """Eval mode for the time of the export, every module's own flag restored after it."""
     modes = [(module, module.training) for module in adapted.modules()]
     try:
@@ -283,22 +283,45 @@ def _save(model: Any, file: Path, external_data: bool | None) -> None:
         raise ExportError(f"onnx.checker refuses the exported graph: {error}") from error
 
 
-def _verify(plan: Plan, file: Path, example: Example, axes: Axes, limit: float, seed: int) -> list[Parity]:
-    session = quiet_session(file)
-    cases = [("example", example.tensors, 0)]
+def _cases(example: Example, axes: Axes, seed: int) -> tuple[list[tuple[str, Inputs, int]], list[dict[str, Any]]]:
+    """What is compared: the example, and random inputs of other sizes; and those once more as (sizes, seed)."""
+    cases: list[tuple[str, Inputs, int]] = [("example", example.tensors, 0)]
+    draws = []
     for step, sizes in enumerate(other_sizes(example, axes) or [{}], start=1):
         cases.append((f"random {step}", fresh(example, axes, sizes, seed + step), step - 1))
-    checks = []
-    for label, tensors, step in cases:
-        for case, truth, feeds in plan.runs(step, tensors):
-            expected = truth({**tensors, **example.constants})
-            checks.append(compare(session, f"{label}, {case}", tensors, expected, limit, feeds))
-    return checks
+        draws.append({"sizes": sizes, "seed": seed + step})
+    return cases, draws
+
+
+def _record(
+    plan: Plan, session: Any, example: Example, axes: Axes, parity: Sequence[Parity], draws: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """How the export was checked, and what `verify` needs to check it again without the model."""
+    names = [value.name for value in session.get_outputs()]
+    probes = []
+    for one in draws:
+        tensors = fresh(example, axes, one["sizes"], one["seed"])
+        for case, feeds in plan.probes(tensors):
+            ids = {"ids": feeds[ADAPTER_IDS].tolist()} if feeds else {}
+            probes.append({**one, **ids, "case": case, "outputs": probe(session, {**tensors, **feeds}, names)})
+    return {
+        "parity": [dataclasses.asdict(check) for check in parity],
+        "inputs": describe_inputs(example),
+        "constants": example.constants,
+        "axes": axes,
+        "probes": probes,
+    }
 
 
 def _rank_free(name: str, shape: Shape) -> bool:
     """Whether an adapter input belongs to a site's form: one of its legs has the site's own free rank."""
     return name.rpartition(".")[2] == "router" or f"{name.rpartition('.')[0]}.rank" in shape
+
+
+def _specs(adapted: torch.nn.Module) -> dict[str, Any]:
+    """The configs of a model's adapters, by name."""
+    state = find_state(adapted)
+    return {name: record.spec.to_dict() for name, record in state.adapters.items()} if state is not None else {}
 
 
 def _describe(model: Any, opened: Mapping[str, graph.Opened]) -> dict[str, Any]:

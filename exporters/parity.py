@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,14 @@ def compare(
     Raises `ParityError` where onnxruntime fails or differs, see `hold`.
     """
     sizes = sizes_of(inputs)
-    values = {name: to_ort(tensor) for name, tensor in {**inputs, **(feeds or {})}.items()}
     try:
-        results = session.run_with_ort_values(list(expected), values)
+        got = run(session, {**inputs, **(feeds or {})}, list(expected))
     except Exception as error:  # as above
         raise ParityError(f"onnxruntime fails on the exported graph ({case}; {sizes}): {error}") from error
-    got = {name: to_array(value) for name, value in zip(expected, results, strict=True)}
     return hold(got, expected, "onnxruntime", case, sizes, tolerance)
+
+
+def run(session: Any, values: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """One run of a session of onnxruntime; raises what that raises."""
+    results = session.run_with_ort_values(list(names), {name: to_ort(tensor) for name, tensor in values.items()})
+    return {name: to_array(value) for name, value in zip(names, results, strict=True)}

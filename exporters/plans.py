@@ -60,6 +60,10 @@ class Plan:
         """The comparisons to make on these inputs; `step` from 0 up asks for adapters of other sizes."""
         raise NotImplementedError
 
+    def probes(self, tensors: Inputs) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Runs that need nothing but the graph itself, and the `adapter_ids` they feed beside the inputs."""
+        yield "no adapter" if self.sites else "merged", {}
+
 
 def _torch(module: torch.nn.Module) -> Callable[[dict[str, Any]], Arrays]:
     def run(inputs: dict[str, Any]) -> Arrays:
@@ -264,6 +268,11 @@ class Banked(Plan):
         larger = f", {step} more slots, rank + {step}" if step else ""
         yield f"mixed batch{larger}", lambda inputs: self._rows(inputs, ids.tolist()), feeds
 
+    def probes(self, tensors: Inputs) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        ids = self._ids(tensors, 0)
+        yield "no adapter", {ADAPTER_IDS: torch.zeros_like(ids)}
+        yield "mixed batch", {ADAPTER_IDS: ids}
+
     def _rows(self, inputs: dict[str, Any], slots: list[int]) -> Arrays:
         """Every row from the model with the row's adapter alone."""
         names = {slot: name for name, slot in self.tenants.items()}
@@ -311,3 +320,14 @@ def _room(value: Any, default: int, name: str, what: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < max(least, 1):
         raise AdapterError(f"{name}={value!r}: give a whole number from {max(least, 1)} up, {what}")
     return value
+
+
+def make_plan(
+    adapted: torch.nn.Module, mode: str, name: str | None, expanded: bool, capacity: int | None, rank: int | None
+) -> Plan:
+    """The plan of a mode of `export_onnx`, with its options."""
+    if mode == "bank":
+        return Banked(adapted, name, capacity, rank)
+    if mode == "merged":
+        return Merged(adapted, name)
+    return Swappable(adapted, name) if expanded else Own(adapted, name)

@@ -1,4 +1,4 @@
-"""What goes into and out of a model, by name: example inputs, dynamic axes, and fresh inputs of other shapes."""
+"""What goes into and out of a model, by name: example inputs, dynamic axes, and other sizes for them."""
 
 from __future__ import annotations
 
@@ -215,45 +215,6 @@ def other_sizes(example: Example, axes: Axes) -> list[dict[str, int]]:
         else:
             single[symbol], bigger[symbol] = (size - 1, size // 2 + 1) if size > 2 else (size, size)
     return [single, bigger]
-
-
-def fresh(example: Example, axes: Axes, sizes: dict[str, int], seed: int) -> dict[str, torch.Tensor]:
-    """Random inputs of the given sizes that look like the example.
-
-    Floating inputs are normal with the example's mean and spread; integers and booleans are drawn from the example's
-    own values, so that token ids stay in range; masks keep a run of ones in every row, at the example's side.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, tensor in example.tensors.items():
-        shape = [sizes.get(axes.get(name, {}).get(axis, ""), size) for axis, size in enumerate(tensor.shape)]
-        made[name] = _similar(name, tensor, shape, generator).to(tensor.device)
-    return made
-
-
-def _similar(name: str, tensor: torch.Tensor, shape: list[int], generator: torch.Generator) -> torch.Tensor:
-    source = tensor.detach().cpu()
-    if not source.numel():
-        return torch.zeros(shape, dtype=source.dtype)
-    if source.is_floating_point() and "mask" not in name:
-        values = source.float()
-        spread = values.std(unbiased=False).clamp_min(1e-3)
-        return (torch.randn(shape, generator=generator) * spread + values.mean()).to(source.dtype)
-    if "mask" in name and source.dim() == 2 and bool(((source == 0) | (source == 1)).all()):
-        rows, length = shape
-        kept = torch.randint(1, length + 1, (rows, 1), generator=generator)
-        kept[0] = length
-        places = torch.arange(length).expand(rows, length)
-        left = bool((source[:, 0] == 0).any())
-        return (places >= length - kept if left else places < kept).to(source.dtype)
-    if (
-        source.dim() == 1
-        and not source.is_floating_point()
-        and torch.equal(source, torch.arange(len(source)).to(source))
-    ):
-        return torch.arange(shape[0]).to(source.dtype)
-    picks = torch.randint(0, source.numel(), shape, generator=generator)
-    return source.flatten()[picks]
 
 
 def named_tensors(output: Any, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -12,11 +12,11 @@ from fxgraft.exporters import graph
 from fxgraft.exporters.errors import ExportError, ParityError
 from fxgraft.exporters.onnx import export_onnx
 from fxgraft.exporters.ort import export_ort_adapter
+from fxgraft.rewriter.draws import fresh
 from fxgraft.rewriter.signature import (
     automatic_axes,
     bind,
     check_sizes,
-    fresh,
     given_axes,
     named_tensors,
     other_sizes,

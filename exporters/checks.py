@@ -1,0 +1,70 @@
+"""The comparisons a graph is put through: at export, and again by `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..backends.parity import Parity
+from ..rewriter.draws import draw
+from ..rewriter.signature import Axes
+from .parity import compare, run
+from .plans import Plan
+
+Inputs = Mapping[str, torch.Tensor]
+_SAMPLES = 64  # values kept of every output of a probe
+
+
+def hold_against_torch(
+    plan: Plan, session: Any, cases: Sequence[tuple[str, Inputs, int]], constants: Mapping[str, Any], tolerance: float
+) -> list[Parity]:
+    """Every run of the plan on every case: (label, inputs, step), see `Plan.runs`. Raises `ParityError`."""
+    checks = []
+    for label, tensors, step in cases:
+        for case, truth, feeds in plan.runs(step, tensors):
+            expected = truth({**tensors, **constants})
+            checks.append(compare(session, f"{label}, {case}", tensors, expected, tolerance, feeds))
+    return checks
+
+
+def probe(session: Any, inputs: Inputs, names: Sequence[str]) -> dict[str, Any]:
+    """What a graph gives for these inputs, in few numbers, ready for JSON: of every output the shape, the largest
+    magnitude and 64 evenly spaced values."""
+    return {name: _digest(value) for name, value in run(session, inputs, names).items()}
+
+
+def _digest(value: np.ndarray) -> dict[str, Any]:
+    flat = value.astype(np.float64).reshape(-1)
+    finite = np.abs(flat[np.isfinite(flat)])
+    places = np.linspace(0, max(flat.size - 1, 0), min(_SAMPLES, flat.size)).astype(np.int64)
+    return {"shape": list(value.shape), "largest": float(finite.max(initial=0.0)), "values": flat[places].tolist()}
+
+
+def differs(got: Mapping[str, Any], want: Mapping[str, Any], tolerance: float) -> str | None:
+    """What is different between two probes, None where nothing is but rounding."""
+    for name, one in want.items():
+        other = got[name]
+        if other["shape"] != one["shape"]:
+            return f"output {name!r} is {other['shape']} and was {one['shape']}"
+        now, then = np.array(other["values"]), np.array(one["values"])
+        scale = one["largest"] or 1.0
+        finite = np.isfinite(then)
+        if not np.array_equal(np.isfinite(now), finite):
+            return f"output {name!r} is finite in other places"
+        difference = float(np.abs(now[finite] - then[finite]).max(initial=0.0))
+        if difference > tolerance * scale:
+            return f"output {name!r} differs by {difference / scale:.3g} of its largest value, allowed {tolerance:.3g}"
+    return None
+
+
+def drawn(record: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
+    """Random inputs from what a record says of them."""
+    return draw(record["inputs"], axes_of(record), sizes, seed)
+
+
+def axes_of(record: Mapping[str, Any]) -> Axes:
+    """The dynamic axes of a record: JSON has strings for keys."""
+    return {name: {int(axis): label for axis, label in named.items()} for name, named in record["axes"].items()}
