@@ -291,3 +291,51 @@ def test_quickstart_runs_as_the_readme_says(tmp_path):
     assert max(row["accuracy"] for row in scored) - min(row["accuracy"] for row in scored) <= 1 / 200
     assert all(row["ratio"] > 0 for row in scored)
     assert "bit for bit: yes" in done.stdout
+
+
+# -- many tenants --------------------------------------------------------------------------------------------------
+def serving(monkeypatch, tmp_path, *extra: str) -> None:
+    """Run the example on a small random encoder and made-up headlines."""
+    import serve_tenants
+
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=2
+    )
+    rng = random.Random(0)
+    tokens = [[1, *(rng.randrange(3, 60) for _ in range(rng.randrange(2, 9))), 2] for _ in range(20)]
+    data = quickstart.Headlines([""] * 20, tokens, torch.zeros(20, dtype=torch.long))
+    monkeypatch.setattr(serve_tenants, "minilm_dir", lambda: tmp_path)
+    monkeypatch.setattr(serve_tenants, "read_headlines", lambda folder, sizes: [data])
+    monkeypatch.setattr(
+        transformers.AutoModelForSequenceClassification,
+        "from_pretrained",
+        lambda folder, num_labels: transformers.BertForSequenceClassification(config),
+    )
+    monkeypatch.setattr(
+        serve_tenants, "METHODS", (fg.LoRA(rank=3), fg.LoRA(rank=1), fg.UniLoRA(rank=2, vector_length=64))
+    )
+    monkeypatch.setattr(sys, "argv", ["serve_tenants.py", "--threads", "1", "--out", str(tmp_path / "out"), *extra])
+    serve_tenants.main()
+
+
+def test_tenants_come_and_go_and_every_answer_is_checked(monkeypatch, tmp_path, capsys):
+    serving(monkeypatch, tmp_path, "--tenants", "6", "--slots", "3", "--requests", "12", "--batch", "2")
+    text = capsys.readouterr().out
+    assert "24 headlines in 12 mixed batches from 2 threads" in text
+    assert len(list((tmp_path / "out").glob("tenant-*.onnx_adapter"))) == 6
+    assert "tenants that had to leave one" in text and "difference from PyTorch" in text
+
+
+def test_a_wrong_answer_is_not_served_silently(monkeypatch, tmp_path):
+    import serve_tenants
+
+    good = serve_tenants.tenant
+    calls = []
+
+    def other(base, index):  # from the check on, PyTorch has other values
+        calls.append(index)
+        return good(base, index + (100 if len(calls) > 7 else 0))
+
+    monkeypatch.setattr(serve_tenants, "tenant", other)
+    with pytest.raises(SystemExit, match="answers differ from PyTorch's"):
+        serving(monkeypatch, tmp_path, "--tenants", "6", "--slots", "3", "--requests", "12", "--batch", "2")
