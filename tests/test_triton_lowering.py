@@ -20,7 +20,12 @@ from fxgraft.backends.triton.gates import Form, Sizes, decide
 from fxgraft.backends.triton.lower import Lower, with_kernels
 from fxgraft.passes import pipelines
 
-KERNELS = {"lora": fg.LoRA(rank=2), "unilora": fg.UniLoRA(rank=2, vector_length=30, init_bound=0.5)}
+KERNELS = {
+    "lora": fg.LoRA(rank=2),
+    "unilora": fg.UniLoRA(rank=2, vector_length=30, init_bound=0.5),
+    "hydralora": fg.HydraLoRA(rank=2, experts=3),
+    "prolora": fg.PRoLoRA(rank=4, unshared=1, a_chunks=5, b_chunks=4),
+}
 
 
 class Two(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft as fg
-from fxgraft.backends.triton import lora, segments, unilora
+from fxgraft.backends.triton import hydralora, lora, prolora, segments, unilora
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -98,6 +98,63 @@ def unilora_case(device, dtype, samples, tokens, inner, out, rank, length, slots
     return Case(call, oracle, tensors)
 
 
+# -- HydraLoRA -------------------------------------------------------------------------------------------------------
+def hydralora_case(device, dtype, samples, tokens, inner, out, rank, experts, slots=None, base=True, scale=2.0):
+    ids = None if slots is None else torch.arange(samples, device=device) % slots
+    stack = () if slots is None else (slots,)
+    tensors = floats(
+        device, x=(dtype, samples, tokens, inner), A=(dtype, *stack, rank, inner),
+        router=(dtype, *stack, experts, inner), B=(dtype, *stack, experts, rank, out),
+        **({"base": (dtype, samples, tokens, out)} if base else {}),
+    )  # fmt: skip
+    with torch.no_grad():
+        tensors["router"] *= inner**-0.5  # softmax of logits near 1, not of one that wins everywhere
+
+    def call(x, A, router, B, base=None):
+        return hydralora.hydralora(base, x, ids, A, router, B if slots else B.flatten(0, 1), scale)
+
+    def oracle(x, A, router, B, base=None):
+        def one(slot, rows):
+            a, gate, b = (A, router, B) if slot is None else (A[slot], router[slot], B[slot])
+            logits = (rows @ gate.T).exp()
+            weights = logits / logits.sum(-1, keepdim=True)
+            return scale * sum(weights[..., i : i + 1] * (rows @ a.T @ b[i]) for i in range(experts))
+
+        delta = by_sample(one, x, ids)
+        return delta if base is None else base + delta
+
+    return Case(call, oracle, tensors)
+
+
+# -- PRoLoRA ---------------------------------------------------------------------------------------------------------
+def prolora_case(device, dtype, tokens, inner, out, shared, unshared, a_chunks, b_chunks, base=True, scale=0.25):
+    """B's tensors are given as the method stores them, `(out, r)`, and turned."""
+    shapes: dict[str, Any] = {"x": (dtype, tokens, inner)}
+    if shared:
+        shapes["A0"] = (dtype, shared, -(-inner // a_chunks))
+        shapes["B0"] = (dtype, -(-out // b_chunks), shared)
+    if unshared:
+        shapes["Au"], shapes["Bu"] = (dtype, unshared, inner), (dtype, out, unshared)
+    if base:
+        shapes["base"] = (dtype, tokens, out)
+
+    def call(x, A0=None, B0=None, Au=None, Bu=None, base=None):
+        turned = [None if t is None else t.t() for t in (B0, Bu)]
+        return prolora.prolora(base, x, A0, Au, *turned, a_chunks, b_chunks, out, scale)
+
+    def oracle(x, A0=None, B0=None, Au=None, Bu=None, base=None):
+        def full(chunk, chunks, length):  # section 3.2, with the strides of the authors' code
+            turn = max(chunk.shape[0] // chunks, 1)
+            return torch.cat([chunk.roll(-k * turn, 0) for k in range(chunks)], 1)[:, :length]
+
+        A = torch.cat([*([] if A0 is None else [full(A0, a_chunks, inner)]), *([] if Au is None else [Au])])
+        B = torch.cat([*([] if B0 is None else [full(B0.T, b_chunks, out)]), *([] if Bu is None else [Bu.T])])
+        delta = scale * x @ A.T @ B
+        return delta if base is None else base + delta
+
+    return Case(call, oracle, floats(device, **shapes))
+
+
 #: small enough for the interpreter, at 10 to 45 ms a program and step
 CASES: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {
     "lora, bank, ragged": (lora_case, {"samples": 5, "tokens": 3, "inner": 70, "out": 45, "rank": 5, "slots": 4}),
@@ -123,6 +180,26 @@ CASES: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {
         unilora_case,
         {"samples": 5, "tokens": 2, "inner": 40, "out": 66, "rank": 3, "length": 50, "slots": 3},
     ),
+    "hydralora, one": (
+        hydralora_case,
+        {"samples": 1, "tokens": 21, "inner": 70, "out": 85, "rank": 5, "experts": 3},
+    ),
+    "hydralora, bank, no base": (
+        hydralora_case,
+        {"samples": 4, "tokens": 3, "inner": 130, "out": 34, "rank": 9, "experts": 10, "slots": 3, "base": False},
+    ),
+    "prolora": (
+        prolora_case,
+        {"tokens": 20, "inner": 100, "out": 75, "shared": 7, "unshared": 1, "a_chunks": 7, "b_chunks": 4},
+    ),
+    "prolora, nothing unshared": (
+        prolora_case,
+        {"tokens": 3, "inner": 65, "out": 130, "shared": 18, "unshared": 0, "a_chunks": 3, "b_chunks": 25},
+    ),
+    "prolora, nothing shared": (
+        prolora_case,
+        {"tokens": 17, "inner": 40, "out": 33, "shared": 0, "unshared": 6, "a_chunks": 7, "b_chunks": 7, "base": False},
+    ),
 }
 
 
@@ -139,7 +216,12 @@ def errors(case: Case, seed: int = 1) -> dict[str, float]:
     return {name: ((a.double() - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 
-METHODS = {"lora": fg.LoRA(4), "unilora": fg.UniLoRA(rank=3, vector_length=50, init_bound=0.5)}
+METHODS = {
+    "lora": fg.LoRA(4),
+    "unilora": fg.UniLoRA(rank=3, vector_length=50, init_bound=0.5),
+    "hydralora": fg.HydraLoRA(rank=2, experts=3),
+    "prolora": fg.PRoLoRA(rank=6, unshared=1, a_chunks=5, b_chunks=3),
+}
 
 
 def make(name: str, dtype: torch.dtype, device: str = "cpu") -> Case:
@@ -174,30 +256,36 @@ def segment_sums(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def through_compile(method: Any) -> dict[str, Any]:
-    """`fg.compile(kernels="triton")`, end to end: the errors against the model itself, and what explain says."""
+def through_compile(device: str = "cpu", **options: Any) -> dict[str, Any]:
+    """`fg.compile(kernels="triton")` of a model with every method: errors against itself, and what explain says."""
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up, self.down = nn.Linear(24, 40), nn.Linear(40, 24, bias=False)
+            for place, name in enumerate(METHODS):
+                setattr(self, name, nn.Linear(24 + 8 * place, 32 + 8 * place, bias=place % 2 == 0))
 
         def forward(self, x):
-            return self.down(torch.tanh(self.up(x)))
+            for name in METHODS:
+                x = torch.tanh(getattr(self, name)(x))
+            return x
 
-    model = fg.rewrite(Model().eval(), fg.Spec(method, targets=["up", "down"]))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn_like(p) * 0.1)
+    torch.manual_seed(0)
+    first, *others = METHODS
+    spec = fg.Spec(METHODS[first], targets=list(METHODS), overrides={name: METHODS[name] for name in others})
+    model = fg.rewrite(Model().eval().to(device), spec)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fast, x = fg.compile(model, kernels="triton", fullgraph=True), torch.randn(5, 24)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.randn_like(p) * 0.1)
+    fast, x = fg.compile(model, kernels="triton", fullgraph=True, **options), torch.randn(5, 24, device=device)
     with torch.no_grad():
         forward = (fast(x) - model(x)).abs().max().item()
     got = torch.autograd.grad(fast(x).square().sum(), parameters)
     want = torch.autograd.grad(model(x).square().sum(), parameters)
     backward = max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(got, want, strict=True))
-    return {"forward": forward, "backward": backward, "explain": str(fg.explain(fast))}
+    notes = [str(note) for note in fg.explain(fast).compiled]
+    return {"forward": forward, "backward": backward, "notes": notes}
 
 
 if __name__ == "__main__":
@@ -205,5 +293,5 @@ if __name__ == "__main__":
     found: dict[str, Any] = {
         f"{name}, {text}": errors(make(name, dtype)) for name in CASES for text, dtype in DTYPES.items()
     }
-    compiled = {name: through_compile(method) for name, method in METHODS.items()}
-    print(json.dumps({"errors": found, "wrong ids": wrong_ids(), "segments": segment_sums(), "compile": compiled}))
+    rest = {"wrong ids": wrong_ids(), "segments": segment_sums(), "compile": through_compile()}
+    print(json.dumps({"errors": found, **rest}))

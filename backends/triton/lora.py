@@ -167,14 +167,14 @@ def launches(
     ]
 
 
-def _stacks(ids: Tensor | None, *factors: Tensor) -> tuple[Tensor, ...]:
+def stacks(ids: Tensor | None, *factors: Tensor) -> tuple[Tensor, ...]:
     return factors if ids is not None else tuple(factor.unsqueeze(0) for factor in factors)
 
 
 def _launch(base: Tensor | None, x: Tensor, ids: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     if not runs_on(x):
         return definition(base, x, ids, A, B, scale)
-    A, B = _stacks(ids, A, B)
+    A, B = stacks(ids, A, B)
     y = x.new_empty((*x.shape[:-1], B.shape[-1]))
     run(launches(None if base is None else rows_of(base), rows_of(x), ids, A, B, scale, y.view(-1, B.shape[-1])))
     return y
@@ -222,17 +222,17 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     if need_a or need_b:
         samples = 1 if ids is None else ids.shape[0]
         xs, gs = x.reshape(samples, -1, x.shape[-1]), g.reshape(samples, -1, g.shape[-1])
-        chosen_a, chosen_b = _stacks(ids, A, B) if ids is None else (A.index_select(0, ids), B.index_select(0, ids))
+        chosen_a, chosen_b = stacks(ids, A, B) if ids is None else (A.index_select(0, ids), B.index_select(0, ids))
         if need_a:
             gz = torch.bmm(gs, cast(chosen_b, g).transpose(1, 2)) * ctx.scale
-            ga = _to_stack(torch.bmm(gz.transpose(1, 2), xs), ids, A)
+            ga = to_stack(torch.bmm(gz.transpose(1, 2), xs), ids, A)
         if need_b:
             z = torch.bmm(xs, cast(chosen_a, x).transpose(1, 2)) * ctx.scale
-            gb = _to_stack(torch.bmm(z.transpose(1, 2), gs), ids, B)
+            gb = to_stack(torch.bmm(z.transpose(1, 2), gs), ids, B)
     return (g if need_base else None), gx, None, ga, gb, None
 
 
-def _to_stack(grads: Tensor, ids: Tensor | None, like: Tensor) -> Tensor:
+def to_stack(grads: Tensor, ids: Tensor | None, like: Tensor) -> Tensor:
     """The gradients of the samples' factors, added up by slot; slot 0 is no adapter and gets none."""
     if ids is None:
         return cast(grads.squeeze(0), like)

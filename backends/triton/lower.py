@@ -27,7 +27,7 @@ from ...rewriter.dialect import is_dialect
 from ...rewriter.errors import FxgraftError
 from ...rewriter.passbase import Pass, PassResult, Pipeline, Program, replace_meta
 from ...rewriter.sites import NoMatch
-from . import lora, unilora  # noqa: F401  (they register their kernels)
+from . import hydralora, lora, prolora, unilora  # noqa: F401  (they register their kernels)
 from .gates import count, decide
 from .language import DEVICES, DTYPES
 from .registry import Lowering, lowerings, shared

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lora, segments, unilora
+from . import hydralora, lora, prolora, segments, unilora
 from .language import INSTALLED, VERSION
 from .launch import Launch
 
@@ -38,7 +38,10 @@ TARGETS = tuple((capability, dtype) for capability in CAPABILITIES for dtype in 
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers of a thread, bytes of shared memory of a program, bytes spilled."""
+    """Registers of a thread, bytes of shared memory of a program, bytes of a thread's stack.
+
+    The kernels have no arrays of their own, so that a stack can only hold registers that did not fit: spills.
+    """
 
     registers: int
     shared: int
@@ -64,8 +67,18 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, list[Launch]]]:
         theta, counts = empty(33, 524_288, of=torch.float32), empty(524_288, of=torch.uint8)
         index_a, index_b = empty(4, inner, of=torch.int32), empty(4, out, of=torch.int32)
         case = name.rpartition(",")[0]
-        yield f"bank, {case}, rank 4", unilora.launches(y, x, ids, theta, counts, index_a, index_b, y)
-        yield f"one, {case}, rank 4", unilora.launches(y, x, None, theta[:1], counts, index_a, index_b, y)
+        A, router, B = empty(33, 8, inner), empty(33, 3, inner), empty(33, 24, out)
+        if tokens == 1:
+            yield f"bank, {case}, rank 4", unilora.launches(y, x, ids, theta, counts, index_a, index_b, y)
+            yield f"bank, {case}, rank 8, 3 experts", hydralora.launches(y, x, ids, A, router, B, 1.0, y)
+        else:
+            yield f"one, {case}, rank 4", unilora.launches(y, x, None, theta[:1], counts, index_a, index_b, y)
+            alone = A[:1], router[:1], B[:1]
+            yield f"one, {case}, rank 8, 3 experts", hydralora.launches(y, x, None, *alone, 8.0, y)
+        shared = empty(31, -(-inner // 7)), empty(-(-out // 7), 31).t()
+        unshared = empty(1, inner), empty(out, 1).t()
+        factors = shared[0], unshared[0], shared[1], unshared[1]
+        yield f"{case}, rank 32, 7 chunks", prolora.launches(y, x, *factors, 7, 7, 0.5, y)
     values, index, one = empty(2**23, of=torch.float32), empty(2**23, of=torch.int32), empty(1, of=torch.float64)
     yield "any", segments.launches(values, index, one, empty(524_288, of=torch.int64))
 
@@ -101,28 +114,18 @@ def compiled(launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers and spilled bytes, as the assembler that comes with Triton tells them."""
-    from triton.backends.nvidia.compiler import get_ptxas
+def usage(cubin: bytes) -> dict[str, int]:
+    """What the disassembler that comes with Triton tells of machine code: REG, STACK and so on."""
+    from triton import knobs
 
-    target = re.search(r"\.target (sm_\w+)", ptx)
-    assert target is not None, "PTX without a target"
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(ptx, encoding="utf-8")
-        command = [
-            get_ptxas(capability).path,
-            "-v",
-            f"--gpu-name={target[1]}",
-            str(file),
-            "-o",
-            str(Path(folder) / "kernel.cubin"),
-        ]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", text)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
-    assert registers is not None and spills, text
-    return int(registers[1]), sum(map(int, spills))
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    assert set(found) == {"REG", "STACK", "LOCAL"}, text
+    return found
 
 
 def measure(dtype: torch.dtype, capability: int) -> dict[tuple[str, str], Resources]:
@@ -131,9 +134,9 @@ def measure(dtype: torch.dtype, capability: int) -> dict[tuple[str, str], Resour
     for case, launches in cases(dtype):
         for launch in launches:
             kernel = compiled(launch, capability)
-            registers, spilled = assembled(kernel.asm["ptx"], capability)
+            used = usage(kernel.asm["cubin"])
             name = f"{launch.kernel.__module__.rpartition('.')[2]}.{launch.kernel.__name__}"
-            found[name, case] = Resources(registers, kernel.metadata.shared, spilled)
+            found[name, case] = Resources(used["REG"], kernel.metadata.shared, used["STACK"] + used["LOCAL"])
     return found
 
 
@@ -144,7 +147,7 @@ def table() -> str:
         "# What the kernels take",
         "",
         f"Triton {VERSION}; written by `python -m fxgraft.backends.triton.resources --write`, checked by a test that",
-        "also fails on any spill. A cell is registers of a thread / bytes of shared memory of a program of four warps.",
+        "also fails on any spill. A cell is registers of a thread / bytes of shared memory of a program.",
         "A case names samples x tokens: single tokens with 4096 features in and out, prompts with 4096 in, 11008 out.",
         "",
         "| kernel | case | " + " | ".join(f"sm_{c} {_TYPES[d]}" for c, d in TARGETS) + " |",
