@@ -8,6 +8,7 @@ from .backends.kernels import KernelPreference
 from .exporters.adapterfile import export_ort_adapter
 from .exporters.checkpoint import load_adapter, save_adapter
 from .exporters.errors import VerifyError
+from .exporters.gpu_check import GpuReport, check_gpu
 from .exporters.onnx import OnnxExport, export_onnx
 from .exporters.ort import OrtSession
 from .exporters.verify import Verification, verify
@@ -45,6 +46,7 @@ __all__ = [
     "FxgraftError",
     "GLoRA",
     "GLoRAPath",
+    "GpuReport",
     "HydraLoRA",
     "KernelPreference",
     "LoRA",
@@ -71,6 +73,7 @@ __all__ = [
     "add_tenant",
     "bank",
     "capture",
+    "check_gpu",
     "compile",
     "disabled",
     "estimate_update",

@@ -280,6 +280,33 @@ def close(model: Any, opened: Mapping[str, Opened]) -> None:
             graph.initializers[value.name] = value
 
 
+def widen_convolutions(model: Any) -> None:
+    """Compute bfloat16 convolutions in float32: before opset 22 ONNX has none, and onnxruntime has kernels for none.
+
+    Conv(x, w)  ->  Cast(Conv(Cast(x), Cast(w)))
+    """
+    import onnx_ir as ir
+
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    for node in list(model.graph):
+        if node.op_type not in ("Conv", "ConvTranspose") or node.outputs[0].dtype is not narrow:
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is None:
+                continue
+            cast = ir.node("Cast", [value], {"to": int(wide)}, metadata_props=node.metadata_props)
+            cast.outputs[0].dtype, cast.outputs[0].shape = wide, value.shape
+            model.graph.insert_before(node, cast)
+            node.replace_input_with(index, cast.outputs[0])
+        result = node.outputs[0]
+        back = ir.node("Cast", [result], {"to": int(narrow)}, metadata_props=node.metadata_props)
+        back.outputs[0].dtype, back.outputs[0].shape = narrow, result.shape
+        result.replace_all_uses_with(back.outputs[0], replace_graph_outputs=True)
+        back.replace_input_with(0, result)
+        result.dtype = wide
+        model.graph.insert_after(node, back)
+
+
 def name_transposes(model: Any) -> None:
     """Call a transposed weight `<weight>.T`; the optimizer folds it, and the name stays."""
     taken = {value.name for value in _values(model.graph)}

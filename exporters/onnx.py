@@ -35,6 +35,7 @@ from .errors import ExportError
 from .parity import quiet_session
 from .plans import Plan, make_plan
 from .seal import seal
+from .widen import has_bfloat16
 
 Shape = tuple[int | str, ...]
 MODES = ("merged", "swappable", "bank")
@@ -145,6 +146,7 @@ def export_onnx(
 
     A model without adapters is exported as it is ("merged"), a baseline to compare with. The graph is run in
     onnxruntime against torch, on the example and on fresh random inputs of other sizes, before it is moved into place.
+    A bfloat16 graph is for GPUs; graph and model are compared computing in float32 with their bfloat16 weights.
     The model is exported in eval mode and left as it was. Raises `ExportError` (`ParityError` where the numbers
     differ); nothing is written then, and a file that was at `path` stays.
     """
@@ -185,6 +187,7 @@ def export_onnx(
         del program
         graph.rename_axes(model.model, names)
         opened = plan.open(model.model)
+        graph.widen_convolutions(model.model)
         graph.name_outputs(model.model, list(outputs))
         graph.name_transposes(model.model)
         with graph.quiet():
@@ -219,6 +222,8 @@ def export_onnx(
             f"axis {axis} of {key} is fixed to {size}: the model computes with the number"
             for key, axis, _, size in fixed
         )
+        if has_bfloat16(model.model):
+            notes += ("bfloat16: compared in float32 over the same weights, onnxruntime's CPU cannot run it",)
     return OnnxExport(
         path=target,
         adapters=adapters,

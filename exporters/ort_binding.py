@@ -16,6 +16,7 @@ from typing import Any
 from ..rewriter.errors import listing
 from .errors import SessionError
 from .ort_values import CPU, Device
+from .widen import has_bfloat16
 
 _CPU = "CPUExecutionProvider"
 _PREFERRED = ("CUDAExecutionProvider",)
@@ -66,7 +67,7 @@ def start(path: Path, providers: Sequence[Provider] | None, threads: int | None,
     except Exception as error:  # onnxruntime's classes share no base
         first = _name(chosen[0])
         if providers is not None or strict or first == _CPU:
-            raise SessionError(f"onnxruntime cannot load {str(path)!r}: {error}") from error
+            raise SessionError(f"onnxruntime cannot load {str(path)!r}: {error}{_narrow(path, chosen)}") from error
         session = start(path, [_CPU], threads, strict=False)
         lost, reason = [first], str(error)
     if lost and (providers is not None or strict):
@@ -93,6 +94,17 @@ def _check_available(chosen: Sequence[Provider], available: Sequence[str], asked
 
 def _how(provider: str) -> str:
     return f"{provider} needs {_INSTALL.get(provider, 'a build of onnxruntime that has it')}"
+
+
+def _narrow(path: Path, chosen: Sequence[Provider]) -> str:
+    """What to say of a bfloat16 graph that does not start on the CPU."""
+    import onnx_ir as ir
+
+    try:
+        narrow = [_name(entry) for entry in chosen] == [_CPU] and has_bfloat16(ir.load(path))
+    except Exception:  # damaged in whatever way: onnxruntime's own text stands
+        return ""
+    return ". The CPU has few bfloat16 kernels: run it on CUDA, or export the model in float32" if narrow else ""
 
 
 def _name(entry: Provider) -> str:

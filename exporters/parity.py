@@ -12,16 +12,22 @@ import torch
 from ..backends.parity import Parity, hold, sizes_of
 from .errors import ExportError, ParityError
 from .ort_values import to_array, to_ort
+from .widen import widened
 
 
 def quiet_session(path: Path) -> Any:
-    """A CPU session without onnxruntime's remark on every overridable initializer."""
+    """A CPU session without onnxruntime's remark on every overridable initializer.
+
+    A bfloat16 graph, which the CPU has no kernels for, computes in float32 with its bfloat16 weights.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Where a graph that is given as bytes has its external weights.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(widened(path) or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's error classes share no base but Exception
         raise ExportError(f"onnxruntime does not load the exported graph: {error}") from error
 
@@ -47,6 +53,9 @@ def compare(
 
 
 def run(session: Any, values: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """One run of a session of onnxruntime; raises what that raises."""
-    results = session.run_with_ort_values(list(names), {name: to_ort(tensor) for name, tensor in values.items()})
+    """One run of a session of onnxruntime; raises what that raises. A widened graph takes its inputs widened."""
+    ends = [*session.get_inputs(), *session.get_overridable_initializers()]
+    wide = {value.name for value in ends if value.type == "tensor(float)"}
+    fed = {name: tensor.float() if name in wide else tensor for name, tensor in values.items()}
+    results = session.run_with_ort_values(list(names), {name: to_ort(tensor) for name, tensor in fed.items()})
     return {name: to_array(value) for name, value in zip(names, results, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -67,9 +68,18 @@ class Plan:
 
 def _torch(module: torch.nn.Module) -> Callable[[dict[str, Any]], Arrays]:
     def run(inputs: dict[str, Any]) -> Arrays:
-        return reference(module, inputs, sizes_of({k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}))
+        truth, given = module, inputs
+        if any(parameter.dtype is torch.bfloat16 for parameter in module.parameters()):
+            # The graph is run widened, so what torch rounds at every step is no part of the truth.
+            truth = copy.deepcopy(module).float()
+            given = {k: v.float() if _narrow(v) else v for k, v in inputs.items()}
+        return reference(truth, given, sizes_of({k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}))
 
     return run
+
+
+def _narrow(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16
 
 
 class Merged(Plan):
