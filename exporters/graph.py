@@ -44,14 +44,19 @@ def rename_axes(model: Any, names: Mapping[str, str]) -> None:
     import onnx_ir as ir
 
     plain = {symbol: label for symbol, label in names.items() if re.fullmatch(r"\w+", symbol)}
-    if not plain:
-        return
-    word = re.compile(r"\b(" + "|".join(map(re.escape, plain)) + r")\b")
+    word = re.compile(r"\b(" + "|".join(map(re.escape, plain)) + r")\b") if plain else None
+
+    def renamed(dim: Any) -> int | str | None:
+        dim = dim if isinstance(dim, int) else getattr(dim, "value", None)
+        if not isinstance(dim, str):
+            return dim
+        if dim.isdigit():  # a size that torch fixed in the end
+            return int(dim)
+        return word.sub(lambda m: plain[m[1]], dim) if word else dim
+
     for value in _values(model.graph):
-        if value.shape is None or value.shape.is_static():
-            continue
-        dims = [dim if isinstance(dim, int) else getattr(dim, "value", None) for dim in value.shape]
-        value.shape = ir.Shape([word.sub(lambda m: plain[m[1]], dim) if isinstance(dim, str) else dim for dim in dims])
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
 
 
 def name_outputs(model: Any, names: Sequence[str]) -> None:

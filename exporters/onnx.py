@@ -183,6 +183,7 @@ def export_onnx(
                     f"the model fixes axis {axis} ({label!r}) of input {key!r} to {size}: it computes with the number, "
                     "not with the input's size. Leave the axis out of dynamic_shapes, or change the model"
                 )
+        axes = _without(axes, fixed)
         model = _translate(program, opset)
         del program
         graph.rename_axes(model.model, names)
@@ -286,6 +287,13 @@ def _save(model: Any, file: Path, external_data: bool | None) -> None:
         raise ExportError(f"cannot write {file.name!r}: {error.strerror or error}") from error
     except onnx.checker.ValidationError as error:
         raise ExportError(f"onnx.checker refuses the exported graph: {error}") from error
+
+
+def _without(axes: Axes, fixed: Sequence[tuple[str, int, str, int]]) -> Axes:
+    """The axes that stay dynamic."""
+    gone = {(key, axis) for key, axis, _, _ in fixed}
+    left = {key: {i: label for i, label in named.items() if (key, i) not in gone} for key, named in axes.items()}
+    return {key: named for key, named in left.items() if named}
 
 
 def _cases(example: Example, axes: Axes, seed: int) -> tuple[list[tuple[str, Inputs, int]], list[dict[str, Any]]]:

@@ -185,6 +185,8 @@ class OrtSession:
     def _check_new(self, name: str, replace: bool) -> None:
         if not replace and name in self.slots:
             raise AdapterError(f"the graph has a tenant {name!r} already; pass replace=True, or unload it first")
+        if self._bank is not None:
+            self._bank.check_room_for(name)
 
     def _read(self, name: str, source: Source) -> tuple[LoadedAdapter, str]:
         """One file, read, expanded, checked against the graph, and on the device."""

@@ -94,6 +94,16 @@ class Bank:
                     slot.pins -= 1
                 self._changed.notify_all()
 
+    def check_room_for(self, name: str) -> None:
+        """Raise `AdapterError` where the graph's own tenants leave no slot for one of this name."""
+        with self._changed:
+            own = [held for held, serial in self._held if serial == BAKED and held != name]
+        if len(own) >= self.capacity:
+            raise AdapterError(
+                f"no slot for {name!r}: the graph has {self.capacity}, and its own {listing(own)} keep them. Unload "
+                "one, or give OrtSession a larger capacity"
+            )
+
     def forget(self, name: str) -> None:
         """Free the slots of a name; one that a run uses is free when the run ends."""
         with self._changed:
@@ -127,11 +137,16 @@ class Bank:
                 wanted = set(keys.values())
                 fixed = self._numbered(numbers)
                 missing = [key for key in keys.values() if key not in self._held]
-                needed = len(wanted | {key for key, slot in self._held.items() if slot.number in numbers})
+                own = {key for key in self._held if key[1] == BAKED}  # no file brings them back: they stay
+                needed = len(wanted | own | {key for key, slot in self._held.items() if slot.number in numbers})
                 if needed > self.capacity:
+                    kept = (
+                        f" besides the graph's own {listing(name for name, _ in own - wanted)}" if own - wanted else ""
+                    )
                     raise AdapterError(
-                        f"the batch names {needed} tenants and the graph has {self.capacity} slots for them: split the "
-                        "batch, or export the bank with a larger capacity"
+                        f"the batch names {needed - len(own - wanted)} tenants{kept} and the graph has {self.capacity} "
+                        "slots for them: split the batch, unload tenants of the graph, or give OrtSession a larger "
+                        "capacity"
                     )
                 if all(key in ready for key in missing):
                     places = self._places(len(missing), keep=wanted, numbers=numbers)

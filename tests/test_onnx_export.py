@@ -231,6 +231,24 @@ def test_shapes_as_the_caller_wants_them(tmp_path):
     assert one.inputs == {"x": (1, 6)}
 
 
+def test_a_sequence_the_model_fixes_is_noted(tmp_path):
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.up = torch.nn.Embedding(9, 6), torch.nn.Linear(6, 5)
+            self.places = torch.nn.Parameter(torch.randn(7, 6))
+
+        def forward(self, input_ids):
+            return self.up(self.embed(input_ids) + self.places)
+
+    adapted = models.graft(Fixed().eval(), ["up"])
+    export = export_onnx(adapted, tmp_path / "m.onnx", (torch.randint(0, 9, (3, 7)),))
+    assert export.inputs == {"input_ids": ("batch", 7)}
+    assert export.notes == ("axis 1 of input_ids is fixed to 7: the model computes with the number",)
+    assert {check.sizes for check in export.parity} == {"input_ids 3x7", "input_ids 1x7", "input_ids 4x7"}
+    fg.verify(tmp_path / "m.onnx", adapted)
+
+
 def test_constants_are_baked_in(tmp_path):
     adapted = models.graft(models.classifier(), ["up"])
     x = torch.randn(4, 6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import onnx_models as models
@@ -235,3 +237,34 @@ def test_own_tensors_of_another_config_are_refused(tmp_path):
             session.load("a", path)
     with pytest.raises(ExportError, match="expanded=False is for adapters='swappable'"):
         fg.export_onnx(uni, tmp_path / "m.onnx", (X,), expanded=False)
+
+
+# -- half precision ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("label", "options"),
+    [
+        ("lora", {"adapters": "bank", "capacity": 2}),
+        ("hydralora", {"adapters": "bank", "capacity": 2}),
+        ("hydralora", {"adapters": "swappable"}),
+        ("glora", {"adapters": "swappable"}),
+        ("unilora", {"adapters": "swappable", "expanded": False}),
+        ("glora", {"adapters": "swappable", "expanded": False}),
+    ],
+)
+def test_float16(tmp_path, label, options):
+    base = models.classifier().half()
+    adapted = graft(base, OWN[label], train=("head",))
+    assert adapted.get_parameter("head.weight").dtype is torch.float16
+    export = fg.export_onnx(adapted, tmp_path / "m.onnx", (X.half(),), **options)
+    assert export.tolerance == 1e-2 and all(check.relative < 5e-3 for check in export.parity)
+    session = fg.OrtSession(tmp_path / "m.onnx", threads=1)
+    file = fg.export_ort_adapter(adapted, tmp_path / "a.onnx_adapter", expanded=options.get("expanded"))
+    session.load("a", file)
+    got = session.run({"x": X.half()}, adapter="a")
+    with torch.no_grad():
+        want = adapted(X.half())
+        exact = copy.deepcopy(adapted).float()(X)
+    for key, value in got.items():
+        assert models.difference(value, want[key]) < 5e-3
+        assert models.difference(value, exact[key]) < 5e-3
+    fg.verify(tmp_path / "m.onnx", adapted)

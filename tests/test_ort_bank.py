@@ -145,14 +145,32 @@ def test_a_byte_budget_reads_files_again(bank):
 
 def test_more_tenants_than_slots_in_one_batch(bank):
     session = opened(bank)
-    said = "the batch names 4 tenants and the graph has 3 slots for them: split the batch, or export"
-    with pytest.raises(fg.AdapterError, match=said):
-        session.run({"x": X[:4]}, adapter_ids=["t0", "t1", "t2", "t3"])
+    for names, said in (
+        (["t0", "t1", "t2"], r"3 tenants besides the graph's own 'built-in' and the graph has 3 slots for them: split"),
+        (["t0", "t1", "t2", "built-in"], r"4 tenants and the graph has 3 slots"),
+    ):
+        with pytest.raises(fg.AdapterError, match=f"the batch names {said}"):
+            session.run({"x": X[: len(names)]}, adapter_ids=names)
     assert session.stats.loads == 0
     session.unload("built-in")
     assert session.slots == {}
     check(session, bank, ["t0", "t1", "t2"], X[:3])
     assert set(session.slots.values()) == {1, 2, 3}
+    check(opened(bank, capacity=9, rank=4), bank, [*NAMES, "built-in"])
+    with pytest.raises(fg.AdapterError, match="own tenants take 2 slots, and rank 3"):
+        opened(bank, capacity=1)
+
+
+def test_a_graph_full_of_its_own_tenants(bank):
+    session = opened(bank, names=[])
+    for name in ("x", "y"):  # two more tenants that no file brings back
+        session._bank._held[name, 0] = session._bank._free.pop()
+    with pytest.raises(
+        fg.AdapterError, match="no slot for 't0': the graph has 3, and its own 'built-in', 'x', 'y' keep"
+    ):
+        session.load("t0", bank[0] / "t0.onnx_adapter", check_base=False)
+    assert session.registered == {}
+    session.load("built-in", bank[0] / "t0.onnx_adapter", check_base=False, replace=True)
 
 
 @pytest.mark.parametrize(
