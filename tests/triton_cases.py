@@ -203,6 +203,39 @@ CASES: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {
 }
 
 
+#: for a GPU: the sizes of real models
+LARGE: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {
+    "lora, bank, 32 tokens": (
+        lora_case,
+        {"samples": 32, "tokens": 1, "inner": 4096, "out": 4096, "rank": 16, "slots": 33},
+    ),
+    "lora, one, a prompt": (
+        lora_case,
+        {"samples": 1, "tokens": 1000, "inner": 4096, "out": 11008, "rank": 64, "factors": torch.float32},
+    ),
+    "unilora, one token": (
+        unilora_case,
+        {"samples": 1, "tokens": 1, "inner": 3072, "out": 768, "rank": 4, "length": 23_040},
+    ),
+    "unilora, bank": (
+        unilora_case,
+        {"samples": 8, "tokens": 128, "inner": 768, "out": 3072, "rank": 4, "length": 23_040, "slots": 9},
+    ),
+    "hydralora, a prompt": (
+        hydralora_case,
+        {"samples": 1, "tokens": 1000, "inner": 4096, "out": 4096, "rank": 8, "experts": 3},
+    ),
+    "hydralora, bank": (
+        hydralora_case,
+        {"samples": 16, "tokens": 7, "inner": 1024, "out": 2048, "rank": 4, "experts": 4, "slots": 5},
+    ),
+    "prolora, a prompt": (
+        prolora_case,
+        {"tokens": 1000, "inner": 4096, "out": 11008, "shared": 31, "unshared": 1, "a_chunks": 7, "b_chunks": 7},
+    ),
+}
+
+
 def errors(case: Case, seed: int = 1) -> dict[str, float]:
     """Of the result and of every gradient."""
     torch.manual_seed(seed)
@@ -226,14 +259,14 @@ METHODS = {
 
 def make(name: str, dtype: torch.dtype, device: str = "cpu") -> Case:
     torch.manual_seed(0)
-    builder, options = CASES[name]
+    builder, options = {**CASES, **LARGE}[name]
     return builder(device, dtype, **options)
 
 
-def wrong_ids() -> list[bool]:
+def wrong_ids(device: str = "cpu") -> list[bool]:
     """Which samples come back as NaN when the ids are 1, -1, 5 and 0 of three slots."""
-    x, A, B = torch.ones(4, 2, 8), torch.ones(3, 2, 8), torch.ones(3, 2, 6)
-    y = lora.lora(None, x, torch.tensor([1, -1, 5, 0]), A, B, 1.0)
+    x, A, B = (torch.ones(shape, device=device) for shape in ((4, 2, 8), (3, 2, 8), (3, 2, 6)))
+    y = lora.lora(None, x, torch.tensor([1, -1, 5, 0], device=device), A, B, 1.0)
     return y.isnan().all(-1).all(-1).tolist()
 
 

@@ -132,7 +132,7 @@ def _launch(
     base: Tensor | None, x: Tensor, ids: Tensor | None, A: Tensor, router: Tensor, B: Tensor, scale: float
 ) -> Tensor:
     if not runs_on(x):
-        return definition(base, x, ids, A, router, B, scale)
+        return definition(base, x, ids, A, router, B, scale).contiguous()  # as the kernel's
     A, router, B = (t.contiguous() for t in stacks(ids, A, cast(router, A), B))
     out = B.shape[-1]
     y = x.new_empty((*x.shape[:-1], out))

@@ -173,7 +173,7 @@ def stacks(ids: Tensor | None, *factors: Tensor) -> tuple[Tensor, ...]:
 
 def _launch(base: Tensor | None, x: Tensor, ids: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     if not runs_on(x):
-        return definition(base, x, ids, A, B, scale)
+        return definition(base, x, ids, A, B, scale).contiguous()  # as the kernel's
     A, B = stacks(ids, A, B)
     y = x.new_empty((*x.shape[:-1], B.shape[-1]))
     run(launches(None if base is None else rows_of(base), rows_of(x), ids, A, B, scale, y.view(-1, B.shape[-1])))

@@ -153,7 +153,7 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     if not runs_on(x):
         factors = A_shared, A_unshared, B_shared, B_unshared
-        return definition(base, x, *factors, a_chunks, b_chunks, out_features, scale)
+        return definition(base, x, *factors, a_chunks, b_chunks, out_features, scale).contiguous()  # as the kernel's
     if A_shared is not None and A_unshared is not None and B_shared is not None and B_unshared is not None:
         A_unshared, B_unshared = cast(A_unshared, A_shared), cast(B_unshared, B_shared)
     y = x.new_empty((*x.shape[:-1], out_features))

@@ -63,7 +63,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, list[Launch]]]:
         A, B = empty(33, rank, inner), empty(33, rank, out)
         yield f"bank, {name}", lora.launches(y, x, ids, A, B, 1.0, y)
         A, B = empty(1, rank, inner, of=torch.float32), empty(1, out, rank, of=torch.float32).transpose(1, 2)
-        yield f"one, {name}", lora.launches(y, x, None, A, B, 2.0, y)
+        yield f"one, {name}, no base", lora.launches(None, x, None, A, B, 2.0, y)
         theta, counts = empty(33, 524_288, of=torch.float32), empty(524_288, of=torch.uint8)
         index_a, index_b = empty(4, inner, of=torch.int32), empty(4, out, of=torch.int32)
         case = name.rpartition(",")[0]

@@ -131,7 +131,7 @@ def _launch(
     base: Tensor | None, x: Tensor, ids: Tensor | None, theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor
 ) -> Tensor:
     if not runs_on(x) or theta.device != x.device:  # a model spread over devices: the vector lives on the first
-        return definition(base, x, ids, theta, counts, index_a, index_b)
+        return definition(base, x, ids, theta, counts, index_a, index_b).contiguous()  # as the kernel's
     out = index_b.shape[1]
     y = x.new_empty((*x.shape[:-1], out))
     table = theta if ids is not None else theta.unsqueeze(0)
