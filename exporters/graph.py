@@ -45,6 +45,8 @@ def rename_axes(model: Any, names: Mapping[str, str]) -> None:
 
     plain = {symbol: label for symbol, label in names.items() if re.fullmatch(r"\w+", symbol)}
     word = re.compile(r"\b(" + "|".join(map(re.escape, plain)) + r")\b") if plain else None
+    # One name for a sum, in whatever order torch writes it.
+    sums = {frozenset(label.split(" + ")): label for label in names.values() if " + " in label}
 
     def renamed(dim: Any) -> int | str | None:
         dim = dim if isinstance(dim, int) else getattr(dim, "value", None)
@@ -52,7 +54,8 @@ def rename_axes(model: Any, names: Mapping[str, str]) -> None:
             return dim
         if dim.isdigit():  # a size that torch fixed in the end
             return int(dim)
-        return word.sub(lambda m: plain[m[1]], dim) if word else dim
+        dim = word.sub(lambda m: plain[m[1]], dim) if word else dim
+        return sums.get(frozenset(dim.split(" + ")), dim)
 
     for value in _values(model.graph):
         if value.shape is not None and not value.shape.is_static():

@@ -31,6 +31,7 @@ from ..rewriter.signature import (
 from ..rewriter.state import find_state, unwrap
 from . import graph, manifest
 from .checks import Inputs, hold_against_torch, probe
+from .decoder import cached, cached_example
 from .errors import ExportError
 from .parity import quiet_session
 from .plans import Plan, make_plan
@@ -102,6 +103,7 @@ def export_onnx(
     opset: int | None = None,
     name: str | None = None,
     *,
+    cache: bool = False,
     expanded: bool = True,
     capacity: int | None = None,
     rank: int | None = None,
@@ -123,6 +125,9 @@ def export_onnx(
                     integer and mask inputs, dynamic; {} fixes every axis. A dynamic axis is at least 2 in the example.
     opset           ONNX opset; None is the exporter's default.
     name            which adapter; None is the active one ("merged": all active ones).
+    cache           of a causal language model: the graph takes the keys and values of the tokens so far and gives them
+                    with the new ones added, for generation (`OrtSession.generate`). `example_inputs` are `input_ids`
+                    and, with padding, `attention_mask`; inputs and outputs are those of `exporters.decoder.cached`.
     expanded        "swappable": False makes the method's own tensors the inputs, under the names of their checkpoint
                     (Uni-LoRA: the one vector `theta`), all zero by default, and the graph does the method's arithmetic
                     at every run. Only adapters of the same config fit, written with
@@ -160,12 +165,22 @@ def export_onnx(
         raise ExportError(f"expanded=False is for adapters='swappable', not for {adapters!r}")
     if adapters != "bank" and (capacity is not None or rank is not None):
         raise ExportError(f"capacity= and rank= are for a bank of adapters (adapters='bank'), not for {adapters!r}")
+    layers = 0
+    if cache:
+        if dynamic_shapes is not None:
+            raise ExportError(
+                "cache=True makes every axis of the cache and the tokens dynamic; leave dynamic_shapes out"
+            )
+        with eval_mode(adapted):
+            decoder = cached_example(adapted, example_inputs)
+        adapted, example_inputs, layers = cached(adapted, decoder.layers), decoder.inputs, decoder.layers
     example = bind(adapted, example_inputs)
-    if dynamic_shapes is None:
+    if cache:
+        axes = decoder.axes
+        dims: dict[str, Any] = {key: dict.fromkeys(axes[key], torch.export.Dim.AUTO) for key in example.kwargs}
+    elif dynamic_shapes is None:
         axes = automatic_axes(example)
-        dims: dict[str, Any] = {
-            key: dict.fromkeys(axes[key], torch.export.Dim.AUTO) if key in axes else None for key in example.kwargs
-        }
+        dims = {key: dict.fromkeys(axes[key], torch.export.Dim.AUTO) if key in axes else None for key in example.kwargs}
     else:
         axes, dims = given_axes(example, dynamic_shapes)
     check_sizes(example, axes)
@@ -178,7 +193,7 @@ def export_onnx(
         program = _capture(plan.module, traced, its_dims)
         names, fixed = symbols(program.graph, its_axes)
         for key, axis, label, size in fixed:
-            if dynamic_shapes is not None or label == "batch":
+            if cache or dynamic_shapes is not None or label == "batch":
                 raise ExportError(
                     f"the model fixes axis {axis} ({label!r}) of input {key!r} to {size}: it computes with the number, "
                     "not with the input's size. Leave the axis out of dynamic_shapes, or change the model"
@@ -199,6 +214,7 @@ def export_onnx(
         described = _describe(model.model, opened)
         about = {
             "adapters": adapters,
+            "cache": layers,
             "name": plan.name,
             "model": type(adapted).__name__,
             "specs": _specs(adapted),

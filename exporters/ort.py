@@ -21,6 +21,7 @@ from .expand import Expander
 from .ort_bank import Bank, room
 from .ort_binding import Provider, device_of, run_bound, start
 from .ort_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
+from .ort_generate import check_prompt, greedy
 from .ort_inputs import IDS, Array, check_ids, check_inputs
 from .ort_values import Device, TensorInfo, to_array, to_ort
 
@@ -254,16 +255,62 @@ class OrtSession:
         with self._bank.batch(check_ids(arrays, self.inputs, adapter, adapter_ids)) as (slots, stacks):
             return self._run({**arrays, IDS: slots}, stacks, wanted)
 
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 64,
+        adapter: str | Sequence[str] | None = None,
+        adapter_ids: Sequence[str | int | None] | np.ndarray | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> np.ndarray:
+        """Continue prompts with the most likely token, as `model.generate(do_sample=False)` does.
+
+        input_ids       (batch, sequence) token ids, shorter prompts padded on the left; `attention_mask` has zeros
+                        there.
+        max_new_tokens  how many tokens to add at most.
+        adapter         as for `run`, for the whole generation: an adapter replaced meanwhile is used to the end.
+        adapter_ids     as for `run`, of a graph with a bank.
+        eos_token_id    a row ends with any of these and is filled with `pad_token_id` (None: the first of them).
+
+        Needs a graph of `export_onnx(cache=True)`. The cache stays on the session's device from one token to the next.
+        Returns the prompts and what follows them, (batch, sequence + new) int64.
+        """
+        ids, mask = check_prompt(input_ids, attention_mask, max_new_tokens, self.inputs)
+        ends = [] if eos_token_id is None else list(np.atleast_1d(eos_token_id))
+        pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
+        if self._bank is None:
+            if adapter_ids is not None:
+                raise SessionError("adapter_ids needs a graph with a bank of adapters; this one takes adapter=")
+            return self._greedy(self._active(adapter), {}, ids, mask, max_new_tokens, ends, pad)
+        chosen = check_ids({"input_ids": ids}, self.inputs, adapter, adapter_ids)
+        with self._bank.batch(chosen) as (slots, stacks):
+            return self._greedy(stacks, {IDS: slots}, ids, mask, max_new_tokens, ends, pad)
+
+    def _greedy(self, values: Mapping[str, Any], arrays: Mapping[str, Array], *prompt: Any) -> np.ndarray:
+        def step(inputs: Mapping[str, Array], cache: Mapping[str, Any], kept: Sequence[str]) -> Any:
+            logits, *rest = self._call({**inputs, **arrays}, {**cache, **values}, ["logits"], kept)
+            return to_array(logits), dict(zip(kept, rest, strict=True))
+
+        return greedy(step, self.inputs, self.device, *prompt)
+
     def _run(self, arrays: Mapping[str, Array], values: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
+        results = self._call(arrays, values, wanted)
+        return {name: to_array(value) for name, value in zip(wanted, results, strict=True)}
+
+    def _call(
+        self, arrays: Mapping[str, Array], values: Mapping[str, Any], wanted: Sequence[str], kept: Sequence[str] = ()
+    ) -> list[Any]:
+        """The outputs `wanted`, on the CPU, and those `kept` on the device, as OrtValues."""
         values = {**{name: self._wrap(array) for name, array in arrays.items()}, **values}
         try:
             if self.binding:
-                results = run_bound(self._session, values, wanted)
-            else:
-                results = self._session.run_with_ort_values(wanted, values)
+                return run_bound(self._session, values, wanted, kept, self.device)
+            return list(self._session.run_with_ort_values([*wanted, *kept], values))
         except Exception as error:  # onnxruntime's classes share no base
             raise SessionError(f"onnxruntime failed on {str(self.path)!r}: {error}") from error
-        return {name: to_array(value) for name, value in zip(wanted, results, strict=True)}
 
     def _active(self, adapter: str | Sequence[str] | None) -> dict[str, Any]:
         if adapter is None:

@@ -119,16 +119,21 @@ def device_of(session: Any) -> Device:
     return Device("cuda", int(session.get_provider_options()[first].get("device_id", 0)))
 
 
-def run_bound(session: Any, values: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
+def run_bound(
+    session: Any, values: Mapping[str, Any], wanted: Sequence[str], kept: Sequence[str] = (), device: Device = CPU
+) -> list[Any]:
     """One run with every input bound; values are OrtValues, those on another device are copied over by onnxruntime.
 
-    The binding is made for this run alone, so that runs may go side by side. Outputs are on the CPU.
+    The binding is made for this run alone, so that runs may go side by side. Outputs `wanted` are on the CPU, those
+    `kept`, which follow them, on the device.
     """
     binding = session.io_binding()
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
     for name in wanted:
         binding.bind_output(name)
+    for name in kept:
+        binding.bind_output(name, device.type, device.index)
     binding.synchronize_inputs()
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()

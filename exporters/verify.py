@@ -16,9 +16,11 @@ import torch
 from ..backends.parity import Parity
 from ..rewriter.errors import ExportError, ParityError, listing
 from ..rewriter.method import ADAPTER_IDS
+from ..rewriter.signature import add_up
 from ..rewriter.state import unwrap
 from . import manifest
 from .checks import axes_of, differs, drawn, hold_against_torch, probe
+from .decoder import cached
 from .errors import VerifyError
 from .onnx import eval_mode
 from .ort_values import TYPES
@@ -131,8 +133,8 @@ def _sizes(record: Mapping[str, Any]) -> Iterator[dict[str, int]]:
     seen: dict[str, int] = {}
     for name, named in axes.items():
         seen.update({label: record["inputs"][name]["shape"][axis] for axis, label in named.items()})
-    yield {label: size + 3 if "batch" in label else max(size - 2, 1) for label, size in seen.items()}
-    yield {label: 1 if "batch" in label else size for label, size in seen.items()}
+    yield add_up({label: size + 3 if "batch" in label else max(size - 2, 1) for label, size in seen.items()})
+    yield add_up({label: 1 if "batch" in label else size for label, size in seen.items()})
 
 
 def _unseen(session: Any, record: Mapping[str, Any], told: Mapping[str, Any], seed: int) -> list[str]:
@@ -209,6 +211,8 @@ def _with_torch(
     if not isinstance(model, torch.nn.Module):
         raise VerifyError(f"verify(path, {type(model).__name__}): give the adapted model, an nn.Module")
     root = unwrap(model)
+    if told.get("cache"):
+        root = cached(root, told["cache"])
     with eval_mode(root), torch.no_grad():
         plan = make_plan(root, told["adapters"], told["name"], "own" not in told, None, None)
         if plan.fingerprint != told["fingerprint"]:

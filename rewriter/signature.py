@@ -214,7 +214,15 @@ def other_sizes(example: Example, axes: Axes) -> list[dict[str, int]]:
             single[symbol], bigger[symbol] = 1, size + 1
         else:
             single[symbol], bigger[symbol] = (size - 1, size // 2 + 1) if size > 2 else (size, size)
-    return [single, bigger]
+    if "past" in sizes:  # a cache begins empty, and grows by one token at a time
+        single["past"], bigger["sequence"] = 0, 1
+    return [add_up(single), add_up(bigger)]
+
+
+def add_up(sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes, those named as a sum (`past + sequence`) made one."""
+    sums = {symbol: symbol.split(" + ") for symbol in sizes if " + " in symbol}
+    return {**sizes, **{symbol: sum(sizes[part] for part in parts) for symbol, parts in sums.items()}}
 
 
 def named_tensors(output: Any, prefix: str = "") -> dict[str, torch.Tensor]:
