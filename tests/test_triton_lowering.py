@@ -147,6 +147,34 @@ def test_a_bank_reads_its_ids(method):
     assert [len(kernels_in(p)) for p in seen] == [2, 0]  # without ids there is nothing to do
 
 
+def test_sums_into_parts_of_a_fused_weight_stay(gpt2, ids):
+    """They write into a view of the whole product, which others read."""
+    targets = [fg.Target("c_attn", parts=3, select=(0, 2)), "c_fc"]
+    model = perturb(fg.rewrite(gpt2, fg.Spec(fg.LoRA(2), targets=targets)))
+    seen = []
+
+    def backend(gm, inputs):
+        program = fg.Program(gm, tuple(inputs), training=torch.is_grad_enabled())
+        result = with_kernels(pipelines.inference, Lower(always=True, devices=("cpu",)))(program)
+        seen.append([n.args[0] is None for n in kernels_in(result.program)])
+        return result.program.graph_module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert seen == [[True, True, False] * 2]
+
+
+def test_two_adapters_add_up():
+    model = perturb(fg.rewrite(adapted(fg.LoRA(rank=2)), fg.Spec(KERNELS["prolora"], targets=["up"]), name="b"), 0.3)
+    fg.set_active(model, ["default", "b"])
+    x = torch.randn(5, 12)
+    result = with_kernels(pipelines.inference, Lower(always=True, devices=("cpu",)))(captured(model))
+    assert [n.args[0] is None for n in kernels_in(result.program)] == [False] * 3
+    torch.testing.assert_close(result.program.graph_module(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_the_reasons():
     def reasons(program, **options):
         return {n.reason for n in Lower(**{"devices": ("cuda",), **options})(program).no_matches}

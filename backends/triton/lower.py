@@ -16,12 +16,14 @@ kernels' device, autocast regions (the result's dtype is not the input's), and k
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
-from ...passes.products import SUMS, value
+from ...passes.products import SUMS, Product, product, value
 from ...passes.share import Share
 from ...rewriter.dialect import is_dialect
 from ...rewriter.errors import FxgraftError
@@ -117,15 +119,23 @@ class Lower(Pass):
             graph.erase_node(node)
 
 
+_IN_PLACE = {operator.iadd, torch.ops.aten.add_.Tensor}
+
+
 def _sum_of(delta: fx.Node) -> fx.Node | None:
-    """The sum `y + delta` that alone reads the delta, where y has the result's shape and dtype."""
+    """The sum `y + delta` that alone reads the delta, where y has the result's shape and dtype.
+
+    A sum in place is one too where y is a product that only it reads; into a view (parts of a fused weight) it stays.
+    """
     if len(delta.users) != 1:
         return None
     (total,) = delta.users
     if total.op != "call_function" or total.target not in SUMS or len(total.args) != 2 or total.kwargs:
         return None
     y, other = total.args
-    if other is not delta or y is delta:
+    if other is not delta or y is delta or not isinstance(y, fx.Node):
+        return None
+    if total.target in _IN_PLACE and (len(y.users) > 1 or not (isinstance(product(y), Product) or y.target in SUMS)):
         return None
     whole, base, part = value(total), value(y), value(delta)
     if whole is None or base is None or part is None:
