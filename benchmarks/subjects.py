@@ -64,6 +64,7 @@ STRUCTURED = {
     "fxgraft LoRA-XS r32": fg.LoRAXS(rank=32),
     "fxgraft PRoLoRA r8": fg.PRoLoRA(rank=8, unshared=1, a_chunks=7, b_chunks=7),
     "fxgraft HydraLoRA r4 N3": fg.HydraLoRA(rank=4, experts=3),
+    "the same, dropout 0.05": fg.HydraLoRA(rank=4, experts=3, dropout=0.05),
     "fxgraft GLoRA, A low-rank": fg.GLoRA(4, fg.GLoRAPath(A="lora", B="lora", C="lora", D="vector", E="vector")),
     "fxgraft GLoRA, A by rows": fg.GLoRA(4, fg.GLoRAPath(A="vector", B="lora", C="lora", D="vector", E="vector")),
     "fxgraft GLoRA supernet": fg.GLoRA(4),

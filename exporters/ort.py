@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ class OrtSession:
         self.outputs = _infos(self._session.get_outputs())
         self.adapter_inputs = _infos(self._session.get_overridable_initializers())
         self._expand = Expander()
-        self._cache = AdapterCache(self._read, max_bytes)
+        # Weakly: a cache that held its session would keep a dropped graph in memory until the garbage collector runs.
+        read = weakref.WeakMethod(self._read)
+        self._cache = AdapterCache(lambda name, source: read()(name, source), max_bytes)  # type: ignore[misc]
         self._bank: Bank | None = None
         if IDS in self.inputs:
             told = self.manifest or {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -296,3 +298,17 @@ def test_graphs_and_providers(files, tmp_path):
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         with pytest.raises(SessionError, match="'CUDAExecutionProvider' are not in this onnxruntime"):
             OrtSession(folder / "m.onnx", providers=["CUDAExecutionProvider"])
+
+
+def test_a_dropped_session_frees_its_graph_at_once(tmp_path):
+    adapted = models.graft(models.classifier(), ["up"])
+    export_onnx(adapted, tmp_path / "m.onnx", (torch.ones(2, 6),), adapters="swappable")
+    session = OrtSession(tmp_path / "m.onnx", threads=1)
+    session.load("a", export_ort_adapter(adapted, tmp_path / "a.onnx_adapter"))
+    gone = weakref.ref(session)
+    gc.disable()
+    try:
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()
