@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...passes.cost import Verdict, hint, machine
+from ...passes.cost import Verdict, machine
 
 _TENSOR_CORES = 312e12  # operations a second of 16-bit products, A100
 _RAMP = 3e-6  # seconds no kernel is faster than
@@ -77,8 +77,3 @@ def decide(s: Sizes, rows: int, text: str, kernel: Form, library: Form, graphed:
     how = "CUDA graphs" if graphed else "no CUDA graphs"
     reason = f"{text}, {how}; with the base's product {mine * 1e6:.0f} us by the kernel, {other * 1e6:.0f} by ATen"
     return Verdict(mine < other, reason)
-
-
-def count(s: Sizes) -> tuple[int | None, str]:
-    """The rows to reckon with, None if unknown, and how to say it."""
-    return hint(s.rows)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...passes.cost import hint
 from ...passes.products import SUMS, Product, product, value
 from ...passes.share import Share
 from ...rewriter.dialect import is_dialect
@@ -30,7 +31,7 @@ from ...rewriter.errors import FxgraftError
 from ...rewriter.passbase import Pass, PassResult, Pipeline, Program, replace_meta
 from ...rewriter.sites import NoMatch
 from . import hydralora, lora, prolora, unilora  # noqa: F401  (they register their kernels)
-from .gates import count, decide
+from .gates import decide
 from .language import DEVICES, DTYPES
 from .registry import Lowering, lowerings, shared
 
@@ -100,7 +101,7 @@ class Lower(Pass):
         sizes = lowering.sizes(node.args)
         if sizes is None:
             return "nothing is known of its tensors", False
-        rows, text = count(sizes)
+        rows, text = hint(sizes.rows)
         if rows is None:
             return text, False
         verdict = decide(sizes, rows, text, *lowering.forms(sizes, rows), self.graphed)
