@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ..backends.parity import Parity, tolerance_of
 from ..backends.staging import staged
 from ..rewriter.draws import describe_inputs, fresh
 from ..rewriter.errors import listing
+from ..rewriter.inputs import OWN_CLASS
 from ..rewriter.method import ADAPTER_IDS
 from ..rewriter.signature import (
     Axes,
@@ -143,7 +145,8 @@ def export_onnx(
     HydraLoRA       `<site>.A (in, rank)`, `<site>.router (in, experts)`, `<site>.B (experts, rank, out)`
     GLoRA           the merged `<weight>` and `<bias>` of every site in whole, by their names in the base model: fed by
                     name they take the place of the base's. No small tensors will do, as the method scales the base
-                    weight elementwise.
+                    weight elementwise. Left out they are the base's bit for bit, but onnxruntime packs constant
+                    weights and not those that can be fed, and sums in another order: 4e-7 at 768 features.
     trained heads   their tensors, by their names in the base model
     In a bank the low-rank methods and HydraLoRA have the same names with a first dimension of slots, and heads are
     `<name>.delta`, differences to the base. HydraLoRA banks have one number of experts. GLoRA has no bank: every slot
@@ -277,9 +280,26 @@ def _run(module: torch.nn.Module, example: Example) -> Any:
 def _capture(module: torch.nn.Module, example: Example, dims: dict[str, Any]) -> torch.export.ExportedProgram:
     try:
         with graph.quiet():
-            return torch.export.export(module, (), example.kwargs, dynamic_shapes=example.shapes(dims), strict=False)
+            shapes = example.shapes(dims)
+            called = _without_graph(module)
+            return torch.export.export(called, (), example.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises a dozen unrelated classes
         raise ExportError(f"torch.export cannot trace the model: {_brief(error)}") from error
+
+
+def _without_graph(module: torch.nn.Module) -> torch.nn.Module:
+    """A view of the module that torch.export calls: of a `GraphModule` it runs the graph, past a forward that puts
+    `adapter_ids` where the sites find them. Same tensors, same names."""
+    if not isinstance(module, torch.fx.GraphModule) or OWN_CLASS not in module.__dict__:
+        return module
+
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(type(module).forward)  # type: ignore[attr-defined]
+    view = type(type(module).__name__, (torch.nn.Module,), {"forward": forward})()
+    view.__dict__.update(module.__dict__)
+    return view
 
 
 def _translate(program: torch.export.ExportedProgram, opset: int | None) -> Any:

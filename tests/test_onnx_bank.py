@@ -15,6 +15,7 @@ X = torch.linspace(-1, 1, 30).reshape(5, 6)
 METHODS = {
     "lora": fg.LoRA(rank=2),
     "lora_xs": fg.LoRAXS(rank=3),
+    "lora_sb": fg.LoRASB(rank=3),
     "unilora": fg.UniLoRA(rank=2, vector_length=30),
     "prolora": fg.PRoLoRA(rank=4, unshared=1, a_chunks=2, b_chunks=3),
     "hydralora": fg.HydraLoRA(rank=2, experts=3),
@@ -23,7 +24,15 @@ METHODS = {
 
 def tenants(base, method, count=3, targets=("up", "down"), train=("head",)):
     spec = fg.Spec(method, targets=list(targets), train=list(train))
-    return {f"t{i}": models.stir(fg.rewrite(base, spec), seed=i) for i in range(count)}
+    given = {"update": update(base, targets)} if isinstance(method, fg.LoRASB) else {}
+    return {f"t{i}": models.stir(fg.rewrite(base, spec, **given), seed=i) for i in range(count)}
+
+
+def update(base, targets):
+    loss = lambda output, batch: output["scores"].square().sum()  # noqa: E731
+    return fg.estimate_update(
+        base, [{"x": X}], targets=list(targets), loss=loss, lr=0.05, samples=5, warmup_ratio=0.1, total_steps=100
+    )
 
 
 def wanted(base, own, names, key="scores", **inputs):
@@ -150,6 +159,22 @@ def test_parts_of_a_fused_weight(tmp_path):
         with torch.no_grad():
             want = torch.stack([own["t1"](x)[0], own["t0"](x)[1], base(x)[2], own["t1"](x)[3]])
         assert models.difference(got, want) < models.TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rows"),
+    [({}, 5), ({"x": {0: "rows"}}, "rows"), ({"x": {0: torch.export.Dim("lines", max=64)}}, "lines")],
+    ids=["fixed", "named", "bounded"],
+)
+def test_a_graph_module_and_shapes_as_the_caller_wants_them(tmp_path, shapes, rows):
+    base = torch.fx.symbolic_trace(models.classifier())
+    own = tenants(base, fg.LoRA(rank=2), 2)
+    export = fg.export_onnx(fg.bank(base, own), tmp_path / "m.onnx", (X,), adapters="bank", dynamic_shapes=shapes)
+    assert export.inputs == {"x": (rows, 6), "adapter_ids": (rows,)}
+    names = ["t1", None, "t0", "t0", "t1"]
+    got = fg.OrtSession(tmp_path / "m.onnx").run({"x": X}, adapter_ids=names)["scores"]
+    assert models.difference(got, wanted(base, own, names, x=X)) < models.TOLERANCE
+    fg.verify(tmp_path / "m.onnx")
 
 
 def test_what_cannot_be_banked(tmp_path):
