@@ -103,7 +103,7 @@ def cached_example(model: nn.Module, example_inputs: Any) -> CachedExample:
     ids = given.get(IDS)
     if unknown or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         raise ExportError(
-            f"cache=True takes example_inputs with {IDS!r} (batch, sequence) and, if there is padding, {MASK!r}; "
+            f"cache=True takes example_inputs with {IDS!r} (batch, sequence) and {MASK!r}, which may be left out; "
             f"{f'{unknown[0]!r} is neither' if unknown else f'{IDS!r} is missing or no matrix'}. Positions are counted "
             "in the graph, the cache is added by itself"
         )
@@ -112,8 +112,8 @@ def cached_example(model: nn.Module, example_inputs: Any) -> CachedExample:
             f"cache=True needs an example of at least 2 rows of 4 tokens, half of them for the cache; {IDS!r} is "
             f"{ids.shape[0]} x {ids.shape[1]}"
         )
-    mask = given.get(MASK)
-    mask = torch.ones_like(ids) if mask is None else mask
+    # Whatever padding the example has: a query that may see nothing, as on the left, has no defined result to compare.
+    mask = torch.ones_like(ids)
     half = ids.shape[1] // 2
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ExportError(
@@ -121,7 +121,7 @@ def cached_example(model: nn.Module, example_inputs: Any) -> CachedExample:
         )
     try:
         with torch.no_grad():
-            past = model(input_ids=ids[:, :half], attention_mask=mask[:, :half], use_cache=True).past_key_values
+            past = model(input_ids=ids[:, :half], use_cache=True).past_key_values
         kinds = {type(layer).__name__ for layer in past.layers}
     except Exception as error:  # whatever a model raises that knows no cache
         raise ExportError(

@@ -18,6 +18,7 @@ import torch
 from ..rewriter.errors import near_misses
 from ..rewriter.method import ADAPTER_IDS as IDS
 from .errors import ExportError
+from .weights import lay_out
 
 # protobuf ends at 2 GiB; beyond this the weights go to a file of their own.
 _INLINE_BYTES = 1_500_000_000
@@ -316,14 +317,33 @@ def widen_convolutions(model: Any) -> None:
 
 
 def name_transposes(model: Any) -> None:
-    """Call a transposed weight `<weight>.T`; the optimizer folds it, and the name stays."""
-    taken = {value.name for value in _values(model.graph)}
-    for node in model.graph:
-        if node.op_type == "Transpose" and node.inputs[0].is_initializer():
-            name = f"{node.inputs[0].name}.T"
-            if name not in taken:  # a weight may be transposed in two places
-                node.outputs[0].name = name
-                taken.add(name)
+    """Turn a transposed weight into an initializer `<weight>.T` that reads the weight's own memory.
+
+        Transpose(w)  ->  w.T
+
+    The optimizer would fold it too, with a copy of every weight in memory and a name of its own making.
+    """
+    import onnx_ir as ir
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    graph = model.graph
+    for node in list(graph):
+        value = node.inputs[0] if node.op_type == "Transpose" else None
+        if value is None or not value.is_initializer() or value.is_graph_input():
+            continue
+        stored = getattr(value.const_value, "raw", None)
+        if not isinstance(stored, torch.Tensor) or list(node.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+            continue
+        name, result = f"{value.name}.T", node.outputs[0]
+        turned = graph.initializers.get(name)  # a weight may be transposed in two places
+        if turned is None:
+            turned = ir.Value(name=name, const_value=TorchTensor(stored.detach().t(), name=name))
+            turned.dtype, turned.shape = value.dtype, result.shape
+            graph.register_initializer(turned)
+        result.replace_all_uses_with(turned, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        if not value.uses():
+            graph.initializers.pop(value.name)
 
 
 def tidy(model: Any) -> None:
@@ -360,25 +380,23 @@ def _module_path(node: Any) -> str:
     return "model"
 
 
-def save(model: Any, path: Path, external_data: bool | None) -> None:
-    """Write the model; where protobuf cannot hold the weights, they go to a file called after their content."""
-    import hashlib
+def save(
+    model: Any, path: Path, external_data: bool | None, folder: Path, forms: Mapping[str, torch.Tensor]
+) -> dict[Path, Path]:
+    """Write the model; where protobuf cannot hold the weights, they go to files called after their content.
 
+    `folder` is where the graph goes in the end, `forms` are the base model's tensors; returns files for `weights.link`.
+    """
     import onnx_ir as ir
 
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if external_data is None:
-        external_data = size > _INLINE_BYTES
-    if not external_data:
-        ir.save(model, path)
-        return
-    # Named by content: a new export never overwrites the data an older graph still reads, so replacing the graph stays
-    # one atomic rename.
-    digest = hashlib.sha256()
-    for name, value in model.graph.initializers.items():
-        digest.update(name.encode())
-        digest.update(value.const_value.tobytes())
-    ir.save(model, path, external_data=f"{path.stem}.{digest.hexdigest()[:12]}.data")
+    outside = weight_bytes(model) > _INLINE_BYTES if external_data is None else external_data
+    links = lay_out(model, path.parent, folder, forms) if outside else {}
+    ir.save(model, path)
+    return links
+
+
+def weight_bytes(model: Any) -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def _values(graph: Any) -> Iterator[Any]:

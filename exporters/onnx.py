@@ -38,6 +38,7 @@ from .errors import ExportError
 from .parity import quiet_session
 from .plans import Plan, make_plan
 from .seal import seal
+from .weights import base_forms, link
 from .widen import has_bfloat16
 
 Shape = tuple[int | str, ...]
@@ -128,8 +129,8 @@ def export_onnx(
     opset           ONNX opset; None is the exporter's default.
     name            which adapter; None is the active one ("merged": all active ones).
     cache           of a causal language model: the graph takes the keys and values of the tokens so far and gives them
-                    with the new ones added, for generation (`OrtSession.generate`). `example_inputs` are `input_ids`
-                    and, with padding, `attention_mask`; inputs and outputs are those of `exporters.decoder.cached`.
+                    with the new ones added, for generation (`OrtSession.generate`). The example needs `input_ids`
+                    alone; inputs and outputs are those of `exporters.decoder.cached`, an `attention_mask` among them.
     expanded        "swappable": False makes the method's own tensors the inputs, under the names of their checkpoint
                     (Uni-LoRA: the one vector `theta`), all zero by default, and the graph does the method's arithmetic
                     at every run. Only adapters of the same config fit, written with
@@ -138,7 +139,9 @@ def export_onnx(
                     The file holds the tenants it was given and no empty slots, and a session may choose otherwise.
     tolerance       largest allowed difference from torch over the largest value of an output; None picks by dtype
                     (float32 5e-5).
-    external_data   weights in a file of their own; None does so beyond 1.5 GB.
+    external_data   weights in files beside the graph, `<sha256>.weights`; None does so beyond 1.5 GB. All graphs of one
+                    base model in one folder share the file with its weights; what a graph has besides (merged sites)
+                    is in a second one. They stay when a graph is written anew: others may read them.
 
     Inputs for one adapter, by method; all are left out, or all are given:
     LoRA, LoRA-XS, LoRA-SB, Uni-LoRA, PRoLoRA   `<site>.A (in, rank)`, `<site>.B (rank, out)`: one graph for all five
@@ -205,6 +208,7 @@ def export_onnx(
         model = _translate(program, opset)
         del program
         graph.rename_axes(model.model, names)
+        forms = base_forms(model.model, plan.base.state_dict())
         opened = plan.open(model.model)
         graph.widen_convolutions(model.model)
         graph.name_outputs(model.model, list(outputs))
@@ -230,7 +234,7 @@ def export_onnx(
         }
         model.model.metadata_props[manifest.KEY] = manifest.dump(about)
         file = folder / target.name
-        _save(model.model, file, external_data)
+        _save(model.model, file, external_data, target.parent, forms)
         session = quiet_session(file)
         cases, draws = _cases(example, axes, seed)
         parity = hold_against_torch(plan, session, cases, example.constants, limit)
@@ -313,12 +317,13 @@ def _translate(program: torch.export.ExportedProgram, opset: int | None) -> Any:
     return made
 
 
-def _save(model: Any, file: Path, external_data: bool | None) -> None:
+def _save(model: Any, file: Path, external_data: bool | None, folder: Path, forms: Mapping[str, torch.Tensor]) -> None:
     import onnx
 
     try:
-        graph.save(model, file, external_data)
+        links = graph.save(model, file, external_data, folder, forms)
         onnx.checker.check_model(str(file))
+        link(links)
     except OSError as error:
         raise ExportError(f"cannot write {file.name!r}: {error.strerror or error}") from error
     except onnx.checker.ValidationError as error:

@@ -26,6 +26,8 @@ def quiet_session(path: Path) -> Any:
     options.log_severity_level = 3
     # Where a graph that is given as bytes has its external weights.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    # Packed weights are a second copy of them, for a handful of runs.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(widened(path) or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's error classes share no base but Exception

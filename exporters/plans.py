@@ -33,10 +33,11 @@ Run = tuple[str, Callable[[dict[str, Any]], Arrays], dict[str, torch.Tensor]]
 
 
 class Plan:
-    """What the modes have in common. `module` is traced, `truth` runs on the example."""
+    """What the modes have in common. `module` is traced, `truth` runs on the example, `base` is the base model."""
 
     module: torch.nn.Module
     truth: torch.nn.Module
+    base: torch.nn.Module
     name: str | None = None
     sites: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
@@ -86,9 +87,9 @@ class Merged(Plan):
     """One plain graph: the adapters are in the weights, and the truth is the adapted model itself."""
 
     def __init__(self, adapted: torch.nn.Module, name: str | None):
-        self.name = name
+        self.name, self.base = name, base_of(adapted).eval()
         if find_state(adapted) is None:  # a model nobody has grafted anything into is its own merged form
-            self.module = self.truth = base_of(adapted).eval()
+            self.module = self.truth = self.base
             return
         self.module = merge(adapted, None if name is None else [name]).eval()
         # A chosen adapter need not be the active one; then the merged weights are the only form that has just it.

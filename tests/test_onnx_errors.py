@@ -76,12 +76,12 @@ def test_a_failed_parity_leaves_the_previous_file(adapted, tmp_path, monkeypatch
     before = path.read_bytes()
     save = graph.save
 
-    def corrupt(model, file, external_data):
+    def corrupt(model, file, *options):
         value = model.graph.initializers["head.weight"]
         import onnx_ir
 
         value.const_value = onnx_ir.tensor(value.const_value.numpy() * 1.001, name=value.name)
-        save(model, file, external_data)
+        return save(model, file, *options)
 
     monkeypatch.setattr(graph, "save", corrupt)
     with pytest.raises(ParityError, match=r"output 'scores' \(example, merged; x 4x6\) differs from torch by"):
@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_previous_files(adapted, tmp_path, monkeypatch):
     monkeypatch.setattr(staging.os, "replace", full)
     with pytest.raises(ExportError, match=r"cannot write .*No space left"):
         export_onnx(adapted, path, (X,), external_data=True)
-    assert moved and moved[-1].endswith(".data")  # the data had been moved, and was taken away again
+    assert moved and moved[-1].endswith(".weights")  # the data had been moved, and was taken away again
     assert names(tmp_path) == ["m.onnx"] and path.read_bytes() == b"the previous file"
 
 

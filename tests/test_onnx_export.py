@@ -282,7 +282,7 @@ def test_weights_in_a_file_of_their_own(tmp_path):
     adapted = models.graft(models.classifier(), ["up"])
     x = torch.randn(4, 6)
     first = export_onnx(adapted, tmp_path / "m.onnx", (x,), external_data=True)
-    data = [name for name in first.files if name.endswith(".data")]
+    data = [name for name in first.files if name.endswith(".weights")]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["m.onnx", *data]) and len(data) == 1
     again = export_onnx(adapted, tmp_path / "m.onnx", (x,), external_data=True)
     assert again.files == first.files  # named by content

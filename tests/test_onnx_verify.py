@@ -52,7 +52,7 @@ def copied(written, tmp_path):
 
     def copy(label: str):
         for file in folder.iterdir():
-            if file.name == f"{label}.onnx" or (label == "external" and file.suffix == ".data"):
+            if file.name == f"{label}.onnx" or (label == "external" and file.suffix == ".weights"):
                 (tmp_path / file.name).write_bytes(file.read_bytes())
         return tmp_path / f"{label}.onnx"
 
@@ -136,14 +136,14 @@ def test_damaged_and_foreign_files(copied, tmp_path):
 def test_external_weights(copied, tmp_path):
     file = copied("external")
     fg.verify(file)
-    data = next(tmp_path.glob("*.data"))
+    data = next(tmp_path.glob("*.weights"))
     content = bytearray(data.read_bytes())
     content[3] ^= 1
     data.write_bytes(content)
-    with pytest.raises(fg.VerifyError, match=r"'external\..*\.data' beside .* does not hold the weights"):
+    with pytest.raises(fg.VerifyError, match=r"'\w+\.weights' beside .* does not hold the weights"):
         fg.verify(file)
     data.unlink()
-    with pytest.raises(fg.VerifyError, match=r"has its weights in 'external\..*\.data' beside it, which is not there"):
+    with pytest.raises(fg.VerifyError, match=r"has its weights in '\w+\.weights' beside it, which is not there"):
         fg.verify(file)
 
 
