@@ -1,6 +1,6 @@
 """`package`: an adapted model as one .pt2 file that runs without the model's Python.
 
-model  ->  torch.export  ->  inference pipeline  ->  AOTInductor  ->  archive + manifest  ->  compared with torch
+model  ->  torch.export  ->  packaged pipeline  ->  AOTInductor  ->  archive + manifest  ->  compared with torch
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def package(
         program = capture(twin, example.kwargs, example.shapes(dims) if dims else None)
         assert program.exported is not None
         axes, limits = dynamic_axes(program.exported, axes, dims, dynamic_shapes is not None)
-        graph_module = pipelines.inference(program).program.graph_module
+        graph_module = pipelines.packaged(program).program.graph_module
         held = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
         device = next(iter(example.tensors.values())).device
         manifest: dict[str, Any] = {

@@ -167,6 +167,27 @@ def test_torch_itself_loads_it(two):
     torch.testing.assert_close(out["logits"], run(adapted, **inputs).logits, **CLOSE)
 
 
+def test_a_package_of_real_sizes_runs_where_fxgraft_is_not(tmp_path):
+    """At these sizes `fg.compile` takes an operator of ours, which a process without fxgraft does not have."""
+    torch.manual_seed(0)
+    adapted = stir(fg.rewrite(nn.Sequential(nn.Linear(768, 3072)), fg.Spec(fg.LoRA(rank=4), ["0"])))
+    x = torch.randn(64, 768)
+    compiled = pipelines.inference(fg.capture(adapted, (x,))).program
+    assert any("onto" in node.name for node in compiled.graph.nodes)
+    path = tmp_path / "m.pt2"
+    fg.package(adapted, path, (x,))
+    torch.save(x, tmp_path / "x.pt")
+    code = f"""
+        import sys, torch
+        out = torch._inductor.aoti_load_package({str(path)!r})(input=torch.load({str(tmp_path / "x.pt")!r}))
+        assert not any(name.startswith("fxgraft") for name in sys.modules)
+        torch.save(dict(out), {str(tmp_path / "y.pt")!r})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt")["output"], run(adapted, input=x), **CLOSE)
+
+
 def test_runs_without_the_models_python_and_without_a_compiler(two, tmp_path):
     path, adapted = two
     inputs = tokens(4, 7)
@@ -497,7 +518,7 @@ class Freeze(Pass):
 
 
 def test_a_swap_that_would_do_nothing_is_found_when_packaging(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipelines, "inference", Pipeline("wrong", (Freeze(),)))
+    monkeypatch.setattr(pipelines, "packaged", Pipeline("wrong", (Freeze(),)))
     adapted = stir(fg.rewrite(Plain(), fg.Spec(fg.LoRA(rank=2), ["up"])))
     with pytest.raises(ParityError, match="other values in 'default'"):
         fg.package(adapted, tmp_path / "model.pt2", (torch.randn(4, 6),))
