@@ -140,7 +140,19 @@ class Method(abc.ABC):
 
 
 @dataclass(frozen=True)
-class BankMethod(Method, key=""):
+class Room(Method, key=""):
+    """Base of the methods whose tensors start as zeros and are filled from adapters of other methods."""
+
+    def initialise(
+        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
+    ) -> None:
+        for tensors in local:
+            for tensor in tensors.values():
+                tensor.zero_()
+
+
+@dataclass(frozen=True)
+class BankMethod(Room, key=""):
     """Base of the methods that hold many adapters: every tensor that is no index has a first dimension of slots.
 
     A call says which slot each sample takes, `adapter_ids (batch,)`; slot 0 stays zero and is the base model.
@@ -167,7 +179,7 @@ class BankMethod(Method, key=""):
 
 
 @dataclass(frozen=True)
-class OpenForm(Method, key=""):
+class OpenForm(Room, key=""):
     """Base of the forms in which a graph takes adapters as inputs: the same graph for adapters of every size.
 
     `axes` names the dimensions of each tensor: `in` and `out` are the site's, the others are the adapter's own. With
@@ -197,13 +209,6 @@ class OpenForm(Method, key=""):
             size = {"in": site.in_features, "out": site.out_features, **dict(sizes)}
             local.append({name: Decl(tuple(size[axis] for axis in axes)) for name, axes in self.axes.items()})
         return Declaration(local)
-
-    def initialise(
-        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
-    ) -> None:
-        for tensors in local:
-            for tensor in tensors.values():
-                tensor.zero_()
 
     @classmethod
     def sizes_of(cls, tensors: Tensors) -> tuple[tuple[str, int], ...]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ...rewriter.dialect import cast, operator
 from ...rewriter.graft import Emitter
-from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, InitContext, Method, Tensors
+from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, Method, Tensors
 from ...rewriter.sites import Site
 from .bank_lora import no_delta, per_sample
 
@@ -48,13 +48,6 @@ class DenseBank(BankMethod, key="bank_dense"):
                 for s in sites
             ]
         )
-
-    def initialise(
-        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
-    ) -> None:
-        for tensors in local:
-            for tensor in tensors.values():
-                tensor.zero_()
 
     def entry(
         self, method: Method, shared: Tensors, local: Tensors

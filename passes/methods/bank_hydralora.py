@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import AdapterError
 from ...rewriter.graft import Emitter
-from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, InitContext, Method, OpenForm, Tensors
+from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, Method, OpenForm, Tensors
 from ...rewriter.sites import Site
 from .bank_lora import no_delta, per_sample
 from .hydralora import HydraLoRA
@@ -63,13 +63,6 @@ class HydraLoRABank(BankMethod, key="bank_hydralora"):
                 for s in sites
             ]
         )
-
-    def initialise(
-        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
-    ) -> None:
-        for tensors in local:
-            for tensor in tensors.values():
-                tensor.zero_()
 
     def entry(
         self, method: Method, shared: Tensors, local: Tensors

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ...rewriter.dialect import cast, operator
 from ...rewriter.graft import Emitter
-from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, InitContext, Method, OpenForm, Tensors
+from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, Method, OpenForm, Tensors
 from ...rewriter.sites import Site
 
 
@@ -56,13 +56,6 @@ class LoRABank(BankMethod, key="bank_lora"):
         return Declaration(
             [{"A": Decl((K, r, s.in_features), "frozen"), "B": Decl((K, r, s.out_features), "frozen")} for s in sites]
         )
-
-    def initialise(
-        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
-    ) -> None:
-        for tensors in local:
-            for tensor in tensors.values():
-                tensor.zero_()
 
     def entry(
         self, method: Method, shared: Tensors, local: Tensors
