@@ -17,8 +17,9 @@ from torch import fx, nn
 from ..passes.pipelines import pipeline_for
 from ..rewriter.errors import FxgraftError
 from ..rewriter.explain import COMPILED, CompileNote, note_of
-from ..rewriter.passbase import Program
+from ..rewriter.passbase import Pipeline, Program
 from ..rewriter.state import unwrap
+from .gather import GatherApart
 from .kernels import KernelPreference, check, plan, preference
 
 
@@ -41,6 +42,7 @@ def fxgraft(
     program = Program(gm, tuple(example_inputs), training=torch.is_grad_enabled())
     graphed = bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
     pipeline, choice = plan(kernels, pipeline_for(program), program, graphed)
+    pipeline = Pipeline(pipeline.name, (*pipeline, GatherApart()))
     result = pipeline(program)
     if notes is not None:
         notes.append(note_of(pipeline.name, result, choice))
