@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ..passes.pipelines import pipeline_for
 from ..rewriter.errors import FxgraftError
 from ..rewriter.explain import COMPILED, CompileNote, note_of
 from ..rewriter.passbase import Pipeline, Program
-from ..rewriter.state import unwrap
+from ..rewriter.state import M, unwrap
 from .gather import GatherApart
 from .kernels import KernelPreference, check, plan, preference
 
@@ -58,7 +58,9 @@ def register() -> None:
         dynamo.register_backend(fxgraft, name="fxgraft")
 
 
-def compile(model: nn.Module, *, kernels: str | KernelPreference = KernelPreference.AUTO, **options: Any) -> Any:
+def compile(
+    model: M, *, kernels: Literal["auto", "aten", "triton"] | KernelPreference = KernelPreference.AUTO, **options: Any
+) -> M:
     """`torch.compile(model, backend="fxgraft", **options)`: training and serving, one graph per distinct structure.
 
     Args:
@@ -79,4 +81,4 @@ def compile(model: nn.Module, *, kernels: str | KernelPreference = KernelPrefere
         check(model)
     notes: list[CompileNote] = []
     unwrap(model).__dict__[COMPILED] = notes
-    return torch.compile(model, backend=functools.partial(fxgraft, kernels=wanted, notes=notes), **options)
+    return torch.compile(model, backend=functools.partial(fxgraft, kernels=wanted, notes=notes), **options)  # type: ignore[return-value]

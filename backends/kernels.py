@@ -14,7 +14,7 @@ from ..rewriter.passbase import Pipeline, Program
 from ..rewriter.state import unwrap
 
 
-class KernelPreference(str, enum.Enum):
+class KernelPreference(enum.StrEnum):
     """What `fg.compile(model, kernels=...)` may use for adapters.
 
     auto: a Triton kernel where the cost gate finds it faster, ATen (through Inductor) elsewhere; needs nothing.

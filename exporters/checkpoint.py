@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
 from ..rewriter.errors import CheckpointError, SpecError, listing
+from ..rewriter.state import M
 from .authors import reader_of
 from .foreign import graft
 from .native import FORMAT, WEIGHTS, load_native, read_config, read_tensors, save_native
@@ -22,7 +24,7 @@ def save_adapter(
     adapted: nn.Module,
     directory: str | os.PathLike[str],
     name: str = "default",
-    format: str = "fxgraft",
+    format: Literal["fxgraft", "peft"] = "fxgraft",
     *,
     save_indices: bool | None = None,
 ) -> Path:
@@ -48,7 +50,7 @@ def save_adapter(
     return save_native(adapted, directory, name)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> nn.Module:
+def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "default") -> M:
     """Graft a saved adapter and return the adapted model; the input model is not changed.
 
     Opens fxgraft's own folders, HF PEFT's (LoRA, Uni-LoRA, GLoRA), and those of the authors' code of HydraLoRA,

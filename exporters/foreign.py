@@ -22,7 +22,7 @@ from ..rewriter.api import adapter_state, check_state, graft_adapter, write_stat
 from ..rewriter.errors import AdapterError, CheckpointError, SpecError, TargetError, listing, near_misses
 from ..rewriter.method import Method
 from ..rewriter.spec import Spec
-from ..rewriter.state import base_modules, record_of, unwrap
+from ..rewriter.state import M, base_modules, record_of, unwrap
 from ..rewriter.targets import matches
 
 PREFIX = "base_model.model."  # of every key in a folder that PEFT, or a program built on it, wrote
@@ -126,7 +126,7 @@ def spec_of(foreign: Foreign, model: nn.Module) -> Spec:
     )
 
 
-def graft(model: nn.Module, foreign: Foreign, name: str, what: str) -> nn.Module:
+def graft(model: M, foreign: Foreign, name: str, what: str) -> M:
     """Graft an adapter of another program; the input model is not changed.
 
     Values are cast to the dtype an adapter has on this model, which is float32 or wider, as PEFT does; those of trained

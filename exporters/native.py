@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..rewriter.api import adapter_state, check_state, graft_adapter, set_active, write_state
 from ..rewriter.errors import AdapterError, CheckpointError, SpecError, TargetError, listing
 from ..rewriter.spec import Spec
-from ..rewriter.state import record_of, unwrap
+from ..rewriter.state import M, record_of, unwrap
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT, FORMAT_VERSION = "fxgraft", 1
@@ -106,7 +106,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from error
 
 
-def load_native(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> nn.Module:
+def load_native(model: M, directory: str | os.PathLike[str], name: str = "default") -> M:
     """Graft an adapter from a folder; the input model is not changed, and nothing is returned unless all of it fits.
 
     Raises:
@@ -130,13 +130,13 @@ def load_native(model: nn.Module, directory: str | os.PathLike[str], name: str =
 
 
 def graft_values(
-    model: nn.Module,
+    model: M,
     spec: Spec,
     name: str,
     tensors: Mapping[str, Tensor],
     what: str,
     sites: Mapping[str, tuple[int, int]] | None = None,
-) -> nn.Module:
+) -> M:
     """Graft a spec and fill it with values that must fit exactly; in the dtype the values are stored in.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -101,7 +101,7 @@ def export_onnx(
     adapted: torch.nn.Module,
     path: str | Path,
     example_inputs: Any,
-    adapters: str = "merged",
+    adapters: Literal["merged", "swappable", "bank"] = "merged",
     dynamic_shapes: Any = None,
     opset: int | None = None,
     name: str | None = None,

@@ -23,7 +23,7 @@ from ..rewriter.errors import AdapterError, MergeError, listing
 from ..rewriter.method import BankMethod, Method
 from ..rewriter.sites import Site
 from ..rewriter.spec import Spec
-from ..rewriter.state import AdapterTensors, find_state, record_of, unwrap
+from ..rewriter.state import AdapterTensors, M, find_state, record_of, unwrap
 from .factors import sites_as_targets
 from .methods.bank_dense import DenseBank
 from .methods.bank_lora import LoRABank
@@ -77,7 +77,7 @@ def _linears(name: str, trained: Mapping[str, nn.Module]) -> Iterator[tuple[str,
 
 # -- making one --------------------------------------------------------------------------------------------------
 def bank(
-    model: nn.Module,
+    model: M,
     tenants: Mapping[str, Mapping[str, Tensor] | nn.Module] | None = None,
     *,
     spec: Spec | None = None,
@@ -85,7 +85,7 @@ def bank(
     rank: int | None = None,
     expand: bool = False,
     dtype: torch.dtype | None = None,
-) -> nn.Module:
+) -> M:
     """One model that serves many adapters of a method, each sample of a batch with its own.
 
     The result is of the model's class and shares the base's tensors; its forward also takes `adapter_ids`, a vector

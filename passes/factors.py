@@ -17,7 +17,7 @@ from ..rewriter.api import adapter_modules, base_of, graft_adapter, trained_modu
 from ..rewriter.errors import MergeError
 from ..rewriter.sites import Site
 from ..rewriter.spec import Spec, Target
-from ..rewriter.state import AdapterRecord, record_of, unwrap
+from ..rewriter.state import AdapterRecord, M, record_of, unwrap
 from .methods.lora import LoRA
 
 
@@ -91,7 +91,7 @@ def sites_as_targets(sites: Sequence[Site]) -> tuple[Target | str, ...]:
     return tuple(targets)
 
 
-def to_lora(adapted: nn.Module, name: str = "default") -> nn.Module:
+def to_lora(adapted: M, name: str = "default") -> M:
     """The same function as a plain LoRA: exact for LoRA, LoRA-XS, LoRA-SB, Uni-LoRA and PRoLoRA.
 
     Returns a new adapted model with the one adapter, under the same name, that is a `LoRA` with `alpha = rank`;

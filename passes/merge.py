@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ..rewriter.api import adapter_modules, base_of, trained_modules
 from ..rewriter.dataflow import tied_names
 from ..rewriter.errors import MergeError, listing
-from ..rewriter.state import AdapterTensors, base_modules, record_of, state_of, unwrap
+from ..rewriter.state import AdapterTensors, M, base_modules, record_of, state_of, unwrap
 
 
-def merge(adapted: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
+def merge(adapted: M, names: Sequence[str] | None = None) -> M:
     """A new plain model of the original module types with the adapters folded in; `adapted` stays as it is.
 
     Weights without an adapter share the base's memory. Parameters require grad as they did before the first rewrite.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..rewriter.api import adapter_modules, adapter_state, graft_adapter, remove, set_active, swap
 from ..rewriter.errors import AdapterError, SpecError, listing, near_misses
 from ..rewriter.skeleton import copy_skeleton
-from ..rewriter.state import AdapterTensors, record_of, state_of, unwrap
+from ..rewriter.state import AdapterTensors, M, record_of, state_of, unwrap
 from .methods.glora import GLoRA
 from .methods.glora_path import PATHS, GLoRAPath, path_from_dict
 
@@ -75,7 +75,7 @@ def get_paths(supernet: nn.Module, name: str = "default") -> dict[str, GLoRAPath
     return {site: PATHS[int(tensors._buffers["path"])] for site, tensors in supernet_sites(supernet, name).items()}  # type: ignore[arg-type]
 
 
-def fix_paths(supernet: nn.Module, paths: Paths, name: str = "default") -> nn.Module:
+def fix_paths(supernet: M, paths: Paths, name: str = "default") -> M:
     """A new adapted model whose sites have these paths for good; `supernet` stays as it is.
 
     Every site keeps only the entries its path uses, with the supernet's values, and only they train: `Xd[:, :1]` for

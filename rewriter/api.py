@@ -25,6 +25,7 @@ from .state import (
     AdapterTensors,
     Container,
     Group,
+    M,
     ModelState,
     base_modules,
     find_state,
@@ -34,12 +35,12 @@ from .state import (
 )
 from .targets import Resolution, check_name, resolve
 
-M = TypeVar("M")
+T = TypeVar("T")
 _NARROW = (torch.float16, torch.bfloat16)
 
 
 # -- rewrite -----------------------------------------------------------------------------------------------------
-def rewrite(model: M, spec: Spec, name: str = "default", *, dtype: torch.dtype | None = None, update: Any = None) -> M:
+def rewrite(model: T, spec: Spec, name: str = "default", *, dtype: torch.dtype | None = None, update: Any = None) -> T:
     """Graft an adapter into a model and return the adapted model; the input is not changed.
 
     The result is of the model's own class, shares the base weights' memory, keeps every base state-dict key and adds
@@ -73,7 +74,7 @@ def rewrite(model: M, spec: Spec, name: str = "default", *, dtype: torch.dtype |
 
 
 def graft_adapter(
-    model: nn.Module,
+    model: M,
     spec: Spec,
     name: str,
     *,
@@ -81,7 +82,7 @@ def graft_adapter(
     update: Any = None,
     initialise: bool = True,
     order: Sequence[str] = (),
-) -> nn.Module:
+) -> M:
     """`rewrite` for modules.
 
     Args:
@@ -96,7 +97,7 @@ def graft_adapter(
     if isinstance(source, torch.fx.GraphModule):
         from .outline import outline_linears
 
-        source = outline_linears(source)
+        source = outline_linears(source)  # type: ignore[assignment]
     check_name(source, name)
     resolution = resolve(source, spec)
     adapted = copy_skeleton(source)
@@ -374,7 +375,7 @@ def remove(model: nn.Module, name: str) -> None:
             parameter.requires_grad_(n in state.trained)
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def base_of(model: M) -> M:
     """The plain base model: a new skeleton of the original module types over the same base tensors."""
     root = copy_skeleton(unwrap(model))
     state = find_state(root)

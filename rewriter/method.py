@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import MergeError, SpecError, listing
+from .keywords import Config
 
 if TYPE_CHECKING:
     from torch import fx
@@ -70,7 +71,7 @@ ADAPTER_IDS = "adapter_ids"
 
 
 @dataclass(frozen=True)
-class Method(abc.ABC):
+class Method(Config, abc.ABC):
     """Base of the method configs. Subclasses are frozen dataclasses declared with `class X(Method, key="x")`."""
 
     key: ClassVar[str] = ""
@@ -101,7 +102,7 @@ class Method(abc.ABC):
     ) -> None:
         """Fill the trainable and frozen tensors in place. Not called on the meta device or before a load."""
 
-    def derive(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors]) -> None:  # noqa: B027
+    def derive(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors]) -> None:
         """Fill the derived tensors in place from the config alone; few methods have any. Not called on meta."""
 
     # -- graph -----------------------------------------------------------------------------------------------------

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .errors import CaptureError
-from .state import Container
-
-M = TypeVar("M", bound=nn.Module)
+from .state import Container, M
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import SpecError
+from .keywords import Config
 from .method import Method, method_from_dict
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(Config):
     """Parts of a fused weight, such as q and v of a fused qkv projection.
 
     Args:
@@ -25,7 +26,7 @@ class Target:
 
     pattern: str
     parts: int = 1
-    select: tuple[int, ...] = (0,)
+    select: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "select", tuple(self.select))
@@ -62,7 +63,7 @@ def _names(value: Any, where: str) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(Config):
     """One adapter: a method and the places it is grafted to.
 
     Args:
@@ -76,9 +77,9 @@ class Spec:
     """
 
     method: Method
-    targets: tuple[str | Target, ...] = (ALL_LINEAR,)
-    exclude: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()
+    targets: Sequence[str | Target] | str = (ALL_LINEAR,)
+    exclude: Sequence[str] | str = ()
+    train: Sequence[str] | str = ()
     overrides: Mapping[str, Method] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

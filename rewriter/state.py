@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -16,6 +16,8 @@ from .spec import Spec
 STATE = "_fxgraft"  # the record, in the root's __dict__
 ADAPTERS = "fxgraft"  # child of every owner: its adapters by name
 SHARED = "fxgraft_shared"  # child of the root: tensors that sites share
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class AdapterTensors(Container):
         return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in self.tensors().items())
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: M) -> M:
     """The model inside `torch.compile`'s and data-parallel wrappers."""
     while True:
         inner = model.__dict__.get("_orig_mod") or model._modules.get("_orig_mod")
@@ -95,7 +97,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             inner = model._modules.get("module")
         if inner is None:
             return model
-        model = inner
+        model = inner  # type: ignore[assignment]
 
 
 def find_state(model: nn.Module) -> ModelState | None:

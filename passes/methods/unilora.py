@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -157,7 +158,7 @@ class UniLoRA(Method, key="unilora"):
     rank: int = 4
     vector_length: int = 23_040
     seed: int = 42
-    sampler: str = "balanced"
+    sampler: Literal["balanced", "uniform", "stored"] = "balanced"
     init_bound: float = 0.02
     dropout: float = 0.0
 
