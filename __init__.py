@@ -11,6 +11,7 @@ from .exporters.errors import VerifyError
 from .exporters.gpu_check import GpuReport, check_gpu
 from .exporters.onnx import OnnxExport, export_onnx
 from .exporters.ort import OrtSession
+from .exporters.swap import swap
 from .exporters.verify import Verification, verify
 from .passes.analysis import lora_breakdown
 from .passes.bank import adapter_ids, add_tenant, bank, remove_tenant, tenants
@@ -22,7 +23,8 @@ from .passes.methods import GLoRA, GLoRAPath, HydraLoRA, LoRA, LoRASB, LoRAXS, P
 from .passes.methods.lora_sb import UpdateEstimate
 from .passes.paths import fix_paths, get_paths, set_paths
 from .passes.search import search_paths
-from .rewriter.api import active, adapter_state, disabled, remove, rewrite, set_active, swap
+from .rewriter.adapterstate import AdapterState
+from .rewriter.api import active, adapter_state, disabled, remove, rewrite, set_active
 from .rewriter.errors import (
     AdapterError,
     CaptureError,
@@ -41,6 +43,7 @@ from .rewriter.spec import Spec, Target
 __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
+    "AdapterState",
     "CaptureError",
     "CheckpointError",
     "FxgraftError",

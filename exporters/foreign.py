@@ -154,12 +154,12 @@ def graft(model: M, foreign: Foreign, name: str, what: str) -> M:
         key: tensor.to(expected[key].dtype) if key in expected and tensor.is_floating_point() else tensor
         for key, tensor in foreign.tensors.items()
     }
+    if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
+        raise CheckpointError(f"{what} has NaN or infinite values in {listing(bad)}")
     try:
         check_state(expected, tensors, what)
     except AdapterError as error:
         raise CheckpointError(f"{error}. The adapter is of another model, or its config of another adapter") from error
-    if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
-        raise CheckpointError(f"{what} has NaN or infinite values in {listing(bad)}")
     write_state(adapted, name, tensors)
     return adapted
 

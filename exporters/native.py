@@ -168,6 +168,8 @@ def graft_values(
     if len(narrow) == 1:  # saved in the dtype of a bf16 / fp16 base instead of the default float32: keep it so
         adapted = graft_adapter(model, spec, name, dtype=narrow.pop(), initialise=False, order=order)
         expected = adapter_state(adapted, name)
+    if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
+        raise CheckpointError(f"{what} has NaN or infinite values in {listing(bad)}")
     try:
         check_state(expected, tensors, what)
     except AdapterError as error:

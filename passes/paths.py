@@ -92,7 +92,7 @@ def fix_paths(supernet: M, paths: Paths, name: str = "default") -> M:
     sites = supernet_sites(root, name)
     chosen = _checked(paths, sites, "fix_paths")
     record, active = record_of(root, name), state_of(root).active
-    values: dict[str, Tensor] = adapter_state(root, name)
+    values: dict[str, Tensor] = dict(adapter_state(root, name))
     overrides: dict[str, Any] = {}
     for site, path in chosen.items():
         tensors = sites[site]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .adapterstate import AdapterState, check_same_function, methods_of
 from .errors import AdapterError, listing, near_misses
 from .fastpath import set_fast_paths
 from .graft import ADAPTERS, activate, add_adapter, drop_adapter, plain_view, restore_class, site_tensors
@@ -308,10 +309,15 @@ def _live_state(root: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
-def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
     """What makes up an adapter, detached, not copied: `<site>.<tensor>`, shared tensors by their bare name, and
-    the trained modules under their base keys. Derived tensors (Uni-LoRA's indices) are not part of it."""
-    return {key: tensor.detach() for key, tensor in _live_state(unwrap(model), name).items()}
+    the trained modules under their base keys. Derived tensors (Uni-LoRA's indices) are not part of it.
+
+    The dict remembers the methods it was taken from (`AdapterState.methods`).
+    """
+    root = unwrap(model)
+    tensors = {key: tensor.detach() for key, tensor in _live_state(root, name).items()}
+    return AdapterState(tensors, methods_of(record_of(root, name)))
 
 
 def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -319,13 +325,18 @@ def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
     if missing := [k for k in expected if k not in given]:
         raise AdapterError(f"{what} lacks {len(missing)} tensor(s): {listing(missing)}")
     if unknown := [k for k in given if k not in expected]:
-        close = near_misses(unknown[0], expected, 2)
+        close = near_misses(str(unknown[0]), expected, 2)
         raise AdapterError(
             f"{what} has {len(unknown)} tensor(s) this adapter does not have: {listing(unknown)}"
             + (f"; close are {listing(close)}" if close else "")
         )
     for key, tensor in given.items():
         slot = expected[key]
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+            kind = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise AdapterError(f"{what}: {key!r} is {kind}, not a dense tensor with values")
+        if 0 in (tensor.numel(), slot.numel()):
+            raise AdapterError(f"{what}: {key!r} is of size 0 there or here: a shard (ZeRO-3)? Gather it first")
         if tuple(tensor.shape) != tuple(slot.shape):
             raise AdapterError(f"{what}: {key!r} is {tuple(tensor.shape)}, the model's is {tuple(slot.shape)}")
         if tensor.dtype != slot.dtype:
@@ -333,6 +344,8 @@ def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
                 f"{what}: {key!r} is {tensor.dtype}, the model's is {slot.dtype}; cast it first "
                 f"(tensor.to({slot.dtype})) or rewrite with dtype={tensor.dtype}"
             )
+    if bad := [k for k, t in given.items() if not torch.isfinite(t).all()]:
+        raise AdapterError(f"{what} has NaN or infinite values in {listing(bad)}")
 
 
 def write_state(root: nn.Module, name: str, given: Mapping[str, Tensor]) -> None:
@@ -342,14 +355,28 @@ def write_state(root: nn.Module, name: str, given: Mapping[str, Tensor]) -> None
             slot.copy_(given[key])
 
 
-def swap(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
+def swap(model: nn.Module, state: Mapping[str, Tensor] | nn.Module, name: str = "default") -> None:
     """Give an adapter other values of the same structure, in place; a compiled model is not compiled anew.
 
+    Args:
+        state: what `adapter_state` gives, which remembers its methods; a plain dict, taken as values of this adapter's
+            structure; or an adapted model with an adapter of that name, or one adapter.
+
     Raises:
-        AdapterError: a tensor is missing, unknown, or of another shape or dtype. Nothing has been written then.
+        AdapterError: a tensor is missing, unknown, of another shape or dtype, or not finite; or the state's method
+            would compute something else (another alpha, seed, ...). Nothing has been written then.
     """
-    root = unwrap(model)
-    check_state(_live_state(root, name), state, f"the state for adapter {name!r}")
+    root, record = unwrap(model), record_of(model, name)
+    what = f"the state for adapter {name!r}"
+    if isinstance(state, nn.Module):
+        adapters = list(state_of(state).adapters)
+        if name not in adapters and len(adapters) > 1:
+            raise AdapterError(f"the model to take {name!r} from has {listing(adapters)}: give its adapter_state")
+        state = adapter_state(state, name if name in adapters else adapters[0])
+    if not isinstance(state, Mapping):
+        raise AdapterError(f"{what} is a {type(state).__name__}; give adapter_state(...) or a model")
+    check_same_function(methods_of(record), state, what)
+    check_state(_live_state(root, name), state, what)
     write_state(root, name, state)
 
 

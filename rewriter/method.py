@@ -81,6 +81,10 @@ class Method(Config, abc.ABC):
     not_low_rank: ClassVar[str | None] = None
     #: what a call brings for it: keyword arguments of the model's forward, which `Emitter.shared` reads by name
     inputs: ClassVar[tuple[str, ...]] = ()
+    #: fields that count in training or at the start only: given tensors compute the same whatever they say
+    free: ClassVar[tuple[str, ...]] = ("dropout",)
+    #: whether a site's numbers depend on the sites before it (one projection handed out in order)
+    by_order: ClassVar[bool] = False
 
     def __init_subclass__(cls, key: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -133,6 +137,11 @@ class Method(Config, abc.ABC):
     def form(self) -> type[OpenForm] | None:
         """What a graph takes of such an adapter at a site, as inputs; None: low-rank factors, or whole weights."""
         return None
+
+    # -- comparing -------------------------------------------------------------------------------------------------
+    def meaning(self) -> dict[str, Any]:
+        """What decides, beside the tensors, what an adapter computes; equal for configs that read tensors alike."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.free}
 
     # -- JSON ------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:

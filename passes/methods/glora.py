@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -252,6 +252,10 @@ class GLoRA(Method, key="glora"):
             object.__setattr__(self, "path", path_from_dict(self.path))
         if self.path is not None and not isinstance(self.path, GLoRAPath):
             raise SpecError(f"GLoRA(path={self.path!r}): give a GLoRAPath, or None for the supernet")
+
+    def meaning(self) -> dict[str, Any]:
+        low_rank = self.path is None or "lora" in (self.path.A, self.path.B, self.path.C)
+        return super().meaning() | ({} if low_rank else {"rank": None})
 
     def _shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         path = self.path or PATHS[0]

@@ -103,6 +103,7 @@ class HydraLoRA(Method, key="hydralora"):
 
     unmergeable: ClassVar[str | None] = _INPUT_DEPENDENT
     not_low_rank: ClassVar[str | None] = _INPUT_DEPENDENT
+    free: ClassVar[tuple[str, ...]] = ("dropout", "per_expert_dropout")
 
     rank: int = 4
     experts: int = 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,9 @@ class LoRA(Method, key="lora"):
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def meaning(self) -> dict[str, Any]:
+        return {"rank": self.rank, "the scale": self.scale}
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
         check_rank(self, self.rank, sites)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -91,6 +92,8 @@ class LoRASB(Method, key="lora_sb"):
         SpecError: a value outside its range, a rank above what a site allows, or no estimate.
         AdapterError: the estimate is for other sites.
     """
+
+    free: ClassVar[tuple[str, ...]] = ("dropout", "exact_up_to", "oversample", "niter")
 
     rank: int = 32
     dropout: float = 0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -155,6 +155,9 @@ class UniLoRA(Method, key="unilora"):
         SpecError: a value outside its range, a vector longer than the virtual parameters, or `stored` without a load.
     """
 
+    free: ClassVar[tuple[str, ...]] = ("dropout", "init_bound")
+    by_order: ClassVar[bool] = True
+
     rank: int = 4
     vector_length: int = 23_040
     seed: int = 42
@@ -170,6 +173,9 @@ class UniLoRA(Method, key="unilora"):
             raise SpecError(f"UniLoRA(sampler={self.sampler!r}): allowed are {SAMPLERS}")
         check_positive(self, init_bound=self.init_bound)
         check_dropout(self, self.dropout)
+
+    def meaning(self) -> dict[str, Any]:
+        return super().meaning() | ({"seed": None} if self.sampler == "stored" else {})
 
     def virtual(self, sites: Sequence[Site]) -> int:
         """`D`, the number of virtual LoRA parameters."""
