@@ -12,7 +12,7 @@ from ..rewriter.errors import CheckpointError, SpecError, listing
 from ..rewriter.state import M
 from .authors import reader_of
 from .foreign import graft
-from .native import FORMAT, WEIGHTS, load_native, read_config, read_tensors, save_native
+from .native import CONFIG, FORMAT, WEIGHTS, load_native, read_config, read_tensors, save_native
 from .peft import save_peft
 from .peft_load import read_peft
 
@@ -55,7 +55,8 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
 
     Opens fxgraft's own folders, HF PEFT's (LoRA, Uni-LoRA, GLoRA), and those of the authors' code of HydraLoRA,
     PRoLoRA, LoRA-XS, LoRA-SB, GLoRA and Uni-LoRA, told apart by their keys. Every tensor and every config entry is
-    used or refused; none is ignored.
+    used or refused; none is ignored. Of a folder with an adapter in each of its folders (`save_pretrained`, a
+    Trainer's checkpoint) it opens the only one, or the one called `name`.
 
     Raises:
         CheckpointError: the folder is not an adapter, is damaged, says something that is not supported, or does not
@@ -66,6 +67,7 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
             f"load_adapter({type(model).__name__}, ...): give an nn.Module or an fx.GraphModule; of an ExportedProgram "
             "that is program.module()"
         )
+    directory = adapter_folder(Path(directory), name)
     config = read_config(directory)
     _refuse_pickle(Path(directory))
     if config.get("format") == FORMAT:
@@ -84,6 +86,21 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
     except SpecError as error:  # a value in the config that the method does not allow
         raise CheckpointError(f"{what}: {error}") from error
     return graft(model, foreign, name, what)
+
+
+def adapter_folder(directory: Path, name: str) -> Path:
+    """The folder itself if it holds an adapter, or the one inside it that does; `name` tells between several."""
+    if (directory / CONFIG).is_file() or not directory.is_dir():
+        return directory
+    inside = sorted(folder.parent.name for folder in directory.glob(f"*/{CONFIG}"))
+    if len(inside) == 1 or name in inside:
+        return directory / (name if name in inside else inside[0])
+    if inside:
+        raise CheckpointError(
+            f"{str(directory)!r} holds {len(inside)} adapters, {listing(inside)}, and none is called {name!r}: give the "
+            f"folder of one, {str(directory / inside[0])!r}"
+        )
+    return directory
 
 
 def _refuse_pickle(directory: Path) -> None:

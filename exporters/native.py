@@ -28,15 +28,25 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT, FORMAT_VERSION = "fxgraft", 1
 
 
-def save_native(adapted: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> Path:
+def save_native(
+    adapted: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str = "default",
+    values: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write one adapter to a folder (made if needed) and return the folder.
 
     Tensors tied to each other are written as they are; derived tensors are not written. An adapter already there is
     replaced only when the new one is complete.
+
+    Args:
+        values: tensors to write in place of the model's own, in the names of `adapter_state`: those gathered from
+            several processes.
     """
     root = unwrap(adapted)
     record = record_of(root, name)
-    tensors = {k: t.cpu().contiguous().clone() for k, t in adapter_state(root, name).items()}
+    state = {**adapter_state(root, name), **(values or {})}
+    tensors = {k: t.cpu().contiguous().clone() for k, t in state.items()}
     if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
         raise CheckpointError(f"adapter {name!r} has NaN or infinite values in {listing(bad)}; nothing was written")
     from importlib.metadata import PackageNotFoundError, version

@@ -16,6 +16,7 @@ from .fastpath import set_fast_paths
 from .graft import ADAPTERS, activate, add_adapter, drop_adapter, plain_view, restore_class, site_tensors
 from .inputs import release_inputs, take_inputs
 from .method import Decl, InitContext, Method
+from .saving import release_saving, take_over_saving
 from .sites import Site
 from .skeleton import copy_skeleton
 from .spec import Spec
@@ -113,6 +114,7 @@ def graft_adapter(
         add_adapter(modules[path], name, _trainable_copy(modules[path], name))
     state.adapters[name] = AdapterRecord(spec, groups, resolution.train)
     set_active(adapted, [name])
+    take_over_saving(adapted)
     return adapted
 
 
@@ -398,6 +400,7 @@ def remove(model: nn.Module, name: str) -> None:
     del state.adapters[name]
     if not state.adapters:
         del root.__dict__[STATE]
+        release_saving(root)
         for n, parameter in root.named_parameters():
             parameter.requires_grad_(n in state.trained)
 
