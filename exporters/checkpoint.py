@@ -97,8 +97,8 @@ def adapter_folder(directory: Path, name: str) -> Path:
         return directory / (name if name in inside else inside[0])
     if inside:
         raise CheckpointError(
-            f"{str(directory)!r} holds {len(inside)} adapters, {listing(inside)}, and none is called {name!r}: give the "
-            f"folder of one, {str(directory / inside[0])!r}"
+            f"{str(directory)!r} holds {len(inside)} adapters, {listing(inside)}, and none is called {name!r}: give "
+            f"the folder of one, {str(directory / inside[0])!r}"
         )
     return directory
 

@@ -10,7 +10,6 @@ The base weights are not written. A weights file of another model in the folder 
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -74,8 +73,8 @@ def save_inner(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs:
     state = given.get("state_dict")
     state = module.state_dict() if state is None else state
     _warn(
-        f"this {type(module).__name__} is a part of an adapted model, its base weights were saved and the adapters were "
-        "not: they are saved with the whole model",
+        f"this {type(module).__name__} is a part of an adapted model, its base weights were saved and the adapters "
+        "were not: they are saved with the whole model",
         stacklevel=5,
     )
     return own(*args, **{**kwargs, "state_dict": {k: t for k, t in state.items() if not _is_adapter(k)}})

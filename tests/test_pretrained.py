@@ -33,10 +33,10 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer(model, folder, **options):
-    given = dict(
-        output_dir=str(folder), max_steps=6, per_device_train_batch_size=2, save_steps=2, learning_rate=1e-2,
-        report_to=[], use_cpu=True, eval_steps=2, logging_steps=100, disable_tqdm=True, seed=3,
-    )  # fmt: skip
+    given = {
+        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 2, "learning_rate": 1e-2,
+        "report_to": [], "use_cpu": True, "eval_steps": 2, "logging_steps": 100, "disable_tqdm": True, "seed": 3,
+    }  # fmt: skip
     return Trainer(model, TrainingArguments(**{**given, **options}), train_dataset=Rows(), eval_dataset=Rows())
 
 
@@ -176,7 +176,7 @@ def test_running_statistics_come_back(tmp_path):
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    sizes = dict(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=2, layer_type="basic")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "num_labels": 2, "layer_type": "basic"}
     base = ResNetForImageClassification(ResNetConfig(num_channels=3, **sizes))
     adapted = fg.rewrite(base, fg.Spec(fg.LoRA(1), ["classifier.1"])).train()
     for _ in range(3):
@@ -235,7 +235,13 @@ def test_trainer_loads_its_best_model(llama, ids, tmp_path):
 def test_a_checkpoint_has_the_size_of_the_adapter(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=4000)
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 4000,
+    }
     base = LlamaForCausalLM(LlamaConfig(**sizes))
     adapted = fg.rewrite(base, SPEC)
     trainer(adapted, tmp_path, max_steps=2).train()
@@ -246,9 +252,9 @@ def test_a_checkpoint_has_the_size_of_the_adapter(tmp_path):
 
 
 OPTIONS = {
-    "gradient checkpointing": dict(gradient_checkpointing=True),
-    "bf16 autocast": dict(bf16=True),
-    "accumulation": dict(gradient_accumulation_steps=2),
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "bf16 autocast": {"bf16": True},
+    "accumulation": {"gradient_accumulation_steps": 2},
 }
 
 
@@ -272,7 +278,7 @@ def test_a_compiled_training(llama, ids, tmp_path, how):
     if how == "model.compile":
         adapted.compile(backend="fxgraft")
     else:  # accelerate has a list of backends, and ours is not in it
-        options = dict(torch_compile=True, torch_compile_backend="aot_eager")
+        options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     run = trainer(adapted, tmp_path, max_steps=4, load_best_model_at_end=True, eval_strategy="steps", **options)
     run.train()
     loaded = fg.load_adapter(llama, run.state.best_model_checkpoint)
