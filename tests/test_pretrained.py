@@ -34,9 +34,18 @@ class Rows(torch.utils.data.Dataset):
 
 def trainer(model, folder, **options):
     given = {
-        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 2, "learning_rate": 1e-2,
-        "report_to": [], "use_cpu": True, "eval_steps": 2, "logging_steps": 100, "disable_tqdm": True, "seed": 3,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "eval_steps": 2,
+        "logging_steps": 100,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
     return Trainer(model, TrainingArguments(**{**given, **options}), train_dataset=Rows(), eval_dataset=Rows())
 
 
