@@ -116,7 +116,7 @@ def _fold_weight(
     first = adapters[0][1].site
     assert first is not None
     bias_name = first.bias or "bias"
-    base_bias = owner._parameters.get(bias_name)
+    base_bias = None if first.bias is None else owner._parameters[first.bias]
     bias = None if base_bias is None else base_bias.detach().to(wide)
     bias_changed = False
     base_weight, base_values = weight.clone() if len(adapters) > 1 else weight, bias
@@ -138,6 +138,11 @@ def _fold_weight(
         part = site.linear_layout(weight)
         part.copy_(merged if index == 0 else part + (merged - base_part))
         if new_bias is not None and new_bias is not base_bias_part:
+            if first.bias is None and owner._parameters.get(bias_name) is not None:
+                raise MergeError(
+                    f"{site.name!r}: adapter {name!r} adds a bias, and {bias_name!r} of {type(owner).__name__} is not "
+                    "the bias of this product alone"
+                )
             if bias is None:
                 if bias_name not in owner._parameters:
                     raise MergeError(

@@ -2,19 +2,21 @@
 
 `F.linear`, `addmm` (HF Conv1D), `matmul` / `@` / `mm` with a parameter on the right, their ATen forms, and a part of a
 fused weight are one thing here: an input, a weight with a contracted and a produced dimension, maybe a bias. Whatever
-is not linear-like is a `NoMatch` with the reason.
+is not linear-like, or a weight whose uses do not agree, is a `NoMatch` with the reason.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+
+from .views import is_fact, origin, source_of, turned
 
 aten = torch.ops.aten
 
@@ -22,10 +24,7 @@ _LINEAR = {F.linear, aten.linear.default}
 _ADDMM = {torch.addmm, aten.addmm.default}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, aten.matmul.default, aten.mm.default}
 _ADD = {torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor}
-_TRANSPOSE = {torch.t, torch.transpose, torch.permute, aten.t.default, aten.transpose.int, aten.permute.default,
-              aten.numpy_T.default}  # fmt: skip
-_CAST = {"to", "type_as", "float", "half", "bfloat16", "type"}
-_CAST_OPS = {aten.to.dtype, aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+_METHODS = {"matmul": torch.matmul, "mm": torch.mm, "addmm": torch.addmm, "add": torch.add, "add_": torch.add}
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class LinearNode:
         x: its input, `(..., in)`.
         weight: the `get_attr` of the weight; `weight_name` its attribute path.
         contracted: which dimension of the stored weight is summed over: 1 for `(out, in)`, 0 for `(in, out)`.
-        bias_name: attribute path of the bias, or None.
+        bias_name: attribute path of the bias the product adds, which nothing else reads, or None.
         form: how it is written: `linear`, `addmm` or `matmul`.
     """
 
@@ -109,127 +108,175 @@ class Site:
         return view.narrow(0, self.offset, self.out_features)
 
 
-def _argument(node: fx.Node, position: int, *names: str) -> object:
-    if len(node.args) > position:
-        return node.args[position]
-    for name in names:
-        if name in node.kwargs:
-            return node.kwargs[name]
-    return None
+@dataclass(frozen=True)
+class _Product:
+    """The operands of a product as it is written; `linear` says that the weight is `(out, in)` there."""
+
+    form: str
+    x: object
+    weight: object
+    bias: object
+    linear: bool
 
 
-def _is_transpose(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("t", "transpose", "permute") and len(node.args) in (1, 3)
-    if node.op != "call_function":
-        return False
-    return node.target in _TRANSPOSE or (node.target is getattr and node.args[1:] in (("T",), ("mT",)))
-
-
-def _weight_of(node: object) -> tuple[fx.Node, bool] | None:
-    """Follow casts and transposes of a 2-d parameter back to its `get_attr`; the flag says that it is transposed."""
-    transposed = False
-    while isinstance(node, fx.Node):
-        if node.op == "get_attr":
-            return node, transposed
-        if _is_transpose(node):
-            transposed = not transposed
-        elif not (
-            (node.op == "call_method" and node.target in _CAST)
-            or (node.op == "call_function" and node.target in _CAST_OPS)
-        ):
-            return None
-        node = node.args[0]
-    return None
-
-
-def _bias_name(node: object, length: int, tensors: Mapping[str, Tensor]) -> str | None:
-    found = _weight_of(node)
-    if found is None:
+def _bind(node: fx.Node, *names: tuple[str, ...]) -> list[Any] | None:
+    """The arguments by position or by any of their names; None where there are others."""
+    if len(node.args) > len(names) or set(node.kwargs) - {n for known in names for n in known}:
         return None
-    name = str(found[0].target)
-    return name if name in tensors and tuple(tensors[name].shape) == (length,) else None
+    given = list(node.args)
+    return given + [next((node.kwargs[n] for n in known if n in node.kwargs), None) for known in names[len(given) :]]
 
 
-def match_linear(node: fx.Node, tensors: Mapping[str, Tensor]) -> LinearNode | NoMatch:
-    """Recognise one node. `tensors` are the parameters the graph's `get_attr` nodes may name."""
-    target: Any = node.target
-    if node.op == "call_method":
-        target = {"matmul": torch.matmul, "mm": torch.mm, "addmm": torch.addmm}.get(str(node.target), node.target)
+def _callee(node: fx.Node) -> Any:
+    return _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
+
+
+def _product(node: fx.Node) -> _Product | NoMatch:
+    target = _callee(node)
     if target in _LINEAR:
-        form, x, w, b, stored_as_linear = (
-            "linear",
-            _argument(node, 0, "input"),
-            _argument(node, 1, "weight"),
-            None,
-            True,
-        )
-        b = _argument(node, 2, "bias")
+        bound = _bind(node, ("input",), ("weight",), ("bias",))
+        if bound is not None:
+            return _Product("linear", bound[0], bound[1], bound[2], True)
     elif target in _ADDMM:
-        form, stored_as_linear = "addmm", False
-        b, x, w = _argument(node, 0, "input"), _argument(node, 1, "mat1"), _argument(node, 2, "mat2")
-        if any(node.kwargs.get(k, 1) != 1 for k in ("beta", "alpha")):
-            return NoMatch("addmm with alpha or beta other than 1", node.name)
+        bound = _bind(node, ("input", "self"), ("mat1",), ("mat2",), ("beta",), ("alpha",))
+        if bound is not None:
+            scaled = len(node.args) > 3 or any(not _is_one(node.kwargs.get(k, 1)) for k in ("beta", "alpha"))
+            if scaled:
+                return NoMatch("addmm with alpha or beta other than 1", node.name)
+            return _Product("addmm", bound[1], bound[2], bound[0], False)
     elif target in _MATMUL:
-        form, b, stored_as_linear = "matmul", None, False
-        x, w = _argument(node, 0, "input", "self"), _argument(node, 1, "other", "mat2")
+        bound = _bind(node, ("input", "self"), ("other", "mat2"))
+        if bound is not None:
+            return _Product("matmul", bound[0], bound[1], None, False)
     else:
         return NoMatch(f"{node.op} {node.target} is not a linear product", node.name)
+    return NoMatch(f"{node.target} is called with arguments that are not understood", node.name)
 
-    found = _weight_of(w)
-    if found is None:
-        left = _weight_of(x)
-        if left is not None and str(left[0].target) in tensors:
-            return NoMatch("the parameter is the left operand of the product", node.name)
-        return NoMatch("the right operand is not a parameter (it is computed)", node.name)
-    weight, transposed = found
-    name = str(weight.target)
-    if name not in tensors:
-        return NoMatch(f"{name!r} is not a parameter", node.name)
-    if tensors[name].dim() != 2:
-        return NoMatch(f"{name!r} has {tensors[name].dim()} dimensions, a linear weight has 2", node.name)
-    if not isinstance(x, fx.Node):
+
+def _is_one(value: object) -> bool:
+    return isinstance(value, (int, float)) and value == 1
+
+
+def _match(
+    node: fx.Node, views: Mapping[fx.Node, bool], read: fx.Node, name: str, tensors: Mapping[str, Tensor]
+) -> LinearNode | NoMatch:
+    """A node that uses the weight `name` as a product with it. `views`: its reads, and whether they are transposed."""
+    product = _product(node)
+    if isinstance(product, NoMatch):
+        return product
+    if isinstance(product.x, fx.Node) and product.x in views:
+        return NoMatch(f"{name!r} is the left operand of the product", node.name)
+    if product.weight not in views or product.bias in views:
+        return NoMatch(f"{name!r} is no weight of the product", node.name)
+    if not isinstance(product.x, fx.Node):
         return NoMatch("the input is a constant", node.name)
-    contracted = int(stored_as_linear != transposed)
+    contracted = int(product.linear != views[product.weight])  # type: ignore[index]
     out_features = tensors[name].shape[1 - contracted]
-    bias = _bias_name(b, out_features, tensors)
-    if b is not None and bias is None and form == "linear":
+    bias = product.bias
+    if product.form == "matmul":
+        bias = _added(node)
+    found = None if bias is None else _vector(bias, out_features, tensors)
+    if bias is not None and found is None and product.form != "matmul":
         return NoMatch("the bias is not a plain parameter", node.name)
-    if form == "matmul" and len(node.users) == 1:  # x @ W + b
-        (user,) = node.users
-        if user.op == "call_function" and user.target in _ADD and len(user.args) == 2:
-            bias = _bias_name(user.args[1] if user.args[0] is node else user.args[0], out_features, tensors)
-    return LinearNode(node, x, weight, name, contracted, bias, form)
+    return LinearNode(node, product.x, read, name, contracted, found, product.form)
+
+
+def _added(node: fx.Node) -> object:
+    """What is added, unscaled, to a product that nothing else reads: `x @ W + b`."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    bound = _bind(user, ("input", "self"), ("other",), ("alpha",)) if _callee(user) in _ADD else None
+    if bound is None or len(user.args) > 2 or not _is_one(user.kwargs.get("alpha", 1)):
+        return None
+    first, second = bound[:2]
+    return second if first is node else first
+
+
+def _vector(node: object, length: int, tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a parameter `(length,)`, casts aside."""
+    read = origin(node)
+    name = str(read.target) if read is not None else ""
+    return name if name in tensors and tuple(tensors[name].shape) == (length,) else None
 
 
 def find_linears(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> dict[str, list[LinearNode] | NoMatch]:
     """For each 2-d parameter of `tensors`: its linear-like nodes, or the reason why it has none.
 
-    A parameter that is also used in another way (a norm, an embedding, a sum) is a `NoMatch`: an adapter on the
-    product alone would not be what merging the weight computes.
+    All uses of a parameter must agree, on what is contracted and on the bias. One that is also used in another way (a
+    norm, an embedding, a sum) is a `NoMatch`: an adapter on the product alone would not be what merging the weight
+    computes.
     """
-    found: dict[str, list[LinearNode] | NoMatch] = {}
-    for name, tensor in tensors.items():
-        if tensor.dim() != 2:
-            continue
-        reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == name]
-        if not reads:
-            found[name] = NoMatch(f"{name!r} is not read by the module's own forward")
-            continue
-        uses, pending = [], list(reads)
-        while pending:
-            for user in pending.pop().users:
-                source = _weight_of(user)
-                if source is not None and source[0] in reads:
-                    pending.append(user)  # a cast or a transpose of the weight
-                elif user not in uses:
-                    uses.append(user)
-        matches = [match_linear(user, tensors) for user in uses]
-        wrong = next((m for m in matches if isinstance(m, NoMatch)), None)
-        if wrong is not None:
-            found[name] = wrong
-        else:
-            found[name] = [m for m in matches if isinstance(m, LinearNode) and m.weight_name == name] or NoMatch(
-                f"{name!r} is read but not used in a product"
-            )
-    return found
+    return {name: _linears_of(graph, name, tensors) for name, tensor in tensors.items() if tensor.dim() == 2}
+
+
+def _linears_of(graph: fx.Graph, name: str, tensors: Mapping[str, Tensor]) -> list[LinearNode] | NoMatch:
+    twins = [other for other, tensor in tensors.items() if tensor is tensors[name] and other != name]
+    if twins:
+        return NoMatch(f"{name!r} and {twins[0]!r} are one parameter")
+    if tensors[name].is_complex():
+        return NoMatch(f"{name!r} is {tensors[name].dtype}, and adapters are real")
+    reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == name]
+    if not reads:
+        return NoMatch(f"{name!r} is not read by the module's own forward")
+    views = dict.fromkeys(reads, False)
+    origins = {read: read for read in reads}
+    uses: dict[fx.Node, fx.Node] = {}
+    pending = list(reads)
+    while pending:
+        view = pending.pop()
+        for user in view.users:
+            if is_fact(user, view):
+                continue
+            turn = turned(user) if source_of(user) is view and len(user.all_input_nodes) <= 2 else None
+            if turn is None:
+                uses[user] = origins[view]
+            elif user not in views:
+                views[user], origins[user] = views[view] != turn, origins[view]
+                pending.append(user)
+    found: list[LinearNode] = []
+    for node in graph.nodes:
+        if node in uses:
+            match = _match(node, views, uses[node], name, tensors)
+            if isinstance(match, NoMatch):
+                return match
+            found.append(match)
+    if not found:
+        return NoMatch(f"{name!r} is read but not used in a product")
+    return _agreed(graph, found, tensors)
+
+
+def _agreed(graph: fx.Graph, found: list[LinearNode], tensors: Mapping[str, Tensor]) -> list[LinearNode] | NoMatch:
+    """The uses of one weight if they agree; the bias of `x @ W + b` counts only where it is the weight's own."""
+    name = found[0].weight_name
+    if len({linear.contracted for linear in found}) > 1:
+        return NoMatch(f"{name!r} is used both as it is and transposed", found[-1].node.name)
+    biases = {linear.bias_name for linear in found}
+    shared = next((why for b in biases if b is not None and (why := _also_read(graph, b, found, tensors))), "")
+    if len(biases) == 1 and not shared and len({linear.form == "matmul" for linear in found if biases != {None}}) <= 1:
+        return found
+    if all(linear.form == "matmul" for linear in found):
+        return [replace(linear, bias_name=None) for linear in found]
+    return NoMatch(shared or f"{name!r} is used with different biases: {sorted(map(str, biases))}", found[-1].node.name)
+
+
+def _times(user: fx.Node, node: fx.Node) -> int:
+    return sum(value is node for value in [*user.args, *user.kwargs.values()])
+
+
+def _also_read(graph: fx.Graph, bias: str, found: list[LinearNode], tensors: Mapping[str, Tensor]) -> str:
+    """Who else reads a bias than the products of its weight; empty for nobody."""
+    if any(tensor is tensors[bias] and other != bias for other, tensor in tensors.items()):
+        return f"the bias {bias!r} has another name, and is read by it"
+    own = {linear.node if linear.form != "matmul" else next(iter(linear.node.users)) for linear in found}
+    pending = [n for n in graph.nodes if n.op == "get_attr" and n.target == bias]
+    while pending:
+        read = pending.pop()
+        for user in read.users:
+            if is_fact(user, read) or (user in own and _times(user, read) == 1):
+                continue
+            if turned(user) is False and source_of(user) is read:
+                pending.append(user)
+            else:
+                return f"the bias {bias!r} is also read by {user.name} ({user.target})"
+    return ""
