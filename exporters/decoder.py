@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..rewriter.errors import ExportError
-from ..rewriter.inputs import OWN_CLASS, PLACES, release_inputs, take_inputs
+from ..rewriter.inputs import NAMES, OWN_CLASS, release_inputs, take_inputs
 from ..rewriter.signature import Axes
 from ..rewriter.skeleton import copy_skeleton
 
@@ -45,12 +45,11 @@ def cached(model: nn.Module, layers: int) -> nn.Module:
     heads, past + sequence, width)}. Positions are counted along the mask, so rows may be padded on the left.
     """
     twin = copy_skeleton(model).train(model.training)
-    places = [twin.get_submodule(path) for path in twin.__dict__.get(PLACES, ())]
+    names = twin.__dict__.get(NAMES, ())
     if OWN_CLASS in twin.__dict__:  # a bank's forward takes adapter_ids; it goes around the new one
         release_inputs(twin)
     twin.__class__ = _class(type(twin), layers)
-    if places:
-        take_inputs(twin, places)  # type: ignore[arg-type]
+    take_inputs(twin, names)
     return twin
 
 

@@ -156,7 +156,7 @@ def _create(
     declared = group.method.declare(group.sites)
     first = group.sites[0]
     shared = None
-    if declared.shared or group.method.inputs:
+    if declared.shared:
         shared = AdapterTensors(group.method, None, None)
         _register(shared, declared.shared, adapter_dtype(first.dtype, dtype), first.device)
         root = adapted._modules.setdefault(SHARED, Container())
@@ -233,7 +233,7 @@ def _apply_active(root: nn.Module, state: ModelState, names: tuple[str, ...]) ->
     for path in dict.fromkeys(p for record in state.adapters.values() for p in _owners(record)):
         activate(modules[path], names)
     set_fast_paths(modules, [path for name in names for path in _owners(state.adapters[name])])
-    take_inputs(root, [shared for name in names for shared in _shared_of(root, name).values()])
+    take_inputs(root, (wanted for name in names for g in state.adapters[name].groups for wanted in g.method.inputs))
     state.active = names
 
 

@@ -23,6 +23,7 @@ from .capture import trace
 from .dialect import eager_form
 from .errors import CaptureError
 from .method import Method
+from .percall import current
 from .sites import NoMatch, Site, find_linears
 from .state import ADAPTERS, AdapterTensors, Container
 
@@ -234,6 +235,10 @@ class Emitter:
     def shared(self, name: str) -> fx.Node:
         """A tensor the sites of the adapter share."""
         return self._mark(self.graph.get_attr(f"{SLOT}{self._slot}.shared.{name}"))
+
+    def given(self, name: str) -> fx.Node:
+        """What the call brings for the method, one of `Method.inputs`."""
+        return self.call(current, name)
 
     @property
     def y(self) -> fx.Node:

@@ -2,15 +2,15 @@
 
     model(input_ids)  ->  model(input_ids, adapter_ids=ids)
 
-The root gets a generated subclass of its class whose forward puts the values where the sites find them, on the shared
-tensors of the group, and takes them away afterwards. A compiler or exporter sees ordinary inputs.
+The root gets a generated subclass of its class whose forward puts the values where the sites find them, among those of
+the call (`percall`), and takes them away afterwards. A compiler or exporter sees ordinary inputs.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch import nn
 
 from .errors import AdapterError
 from .graft import BASE
-from .state import AdapterTensors
+from .percall import put
 
 OWN_CLASS = f"{BASE}_inputs"  # plain attribute of a root: its class before `take_inputs`
-PLACES = f"{BASE}_places"  # plain attribute of a root: paths of the shared tensors that the values are put on
+NAMES = f"{BASE}_names"  # plain attribute of a root: what its forward takes beside its own arguments
 
 
 class TakesInputs(nn.Module):
@@ -42,7 +42,7 @@ class TakesInputs(nn.Module):
         own = state["own"]
         self.__dict__.update(own.__dict__)
         self.__class__ = own.__class__
-        take_inputs(self, [self.get_submodule(path) for path in self.__dict__[PLACES]])  # type: ignore[misc]
+        take_inputs(self, self.__dict__[NAMES])
 
 
 def _rebuild() -> TakesInputs:
@@ -60,21 +60,16 @@ def release_inputs(root: nn.Module) -> None:
     """Give a root its own class back."""
     if OWN_CLASS in root.__dict__:
         root.__class__ = root.__dict__.pop(OWN_CLASS)
-        del root.__dict__[PLACES]
+        del root.__dict__[NAMES]
 
 
-def take_inputs(root: nn.Module, places: Sequence[AdapterTensors]) -> None:
-    """Make the root's forward take the inputs that the methods of these groups want; without any, leave it alone."""
-    names = tuple(dict.fromkeys(name for place in places for name in place.method.inputs))
+def take_inputs(root: nn.Module, names: Iterable[str]) -> None:
+    """Make the root's forward take these inputs; without any, leave it alone."""
+    names = tuple(dict.fromkeys(names))
     if not names:
         return
     root.__dict__[OWN_CLASS] = type(root)
-    # Paths, not modules: reached as a submodule, a tensor is one of fixed size to a compiler.
-    paths = {id(module): path for path, module in root.named_modules()}
-    root.__dict__[PLACES] = tuple(paths[id(place)] for place in places)
-    for place in places:
-        for name in place.method.inputs:
-            setattr(place, name, None)
+    root.__dict__[NAMES] = names
     root.__class__ = _class(type(root), names)
 
 
@@ -82,21 +77,15 @@ def _class(own: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.pop(name, None) for name in names}
         _check_batch(given, args, kwargs)
-        _put(self, given)
+        before = {name: put(name, value) for name, value in given.items()}
         try:
             return own.forward(self, *args, **kwargs)
         finally:
-            _put(self, dict.fromkeys(names))
+            for name, value in before.items():
+                put(name, value)
 
     forward.__signature__ = _extended(own, names)  # type: ignore[attr-defined]
     return type(own.__name__, (TakesInputs, own), {"__module__": own.__module__, "forward": forward})
-
-
-def _put(root: nn.Module, values: dict[str, Any]) -> None:
-    for path in root.__dict__[PLACES]:
-        place = root.get_submodule(path)
-        for name in place.method.inputs:  # type: ignore[union-attr]
-            setattr(place, name, values[name])
 
 
 def _extended(own: type[nn.Module], names: tuple[str, ...]) -> inspect.Signature:

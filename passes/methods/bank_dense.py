@@ -56,4 +56,4 @@ class DenseBank(BankMethod, key="bank_dense"):
 
     def emit(self, e: Emitter) -> fx.Node:
         bias = e.tensor("bias") if e.site.bias is not None else None
-        return e.add(e.call(bank_dense, e.x, e.shared(ADAPTER_IDS), e.tensor("weight"), bias))
+        return e.add(e.call(bank_dense, e.x, e.given(ADAPTER_IDS), e.tensor("weight"), bias))

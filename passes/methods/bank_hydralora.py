@@ -80,4 +80,4 @@ class HydraLoRABank(BankMethod, key="bank_hydralora"):
 
     def emit(self, e: Emitter) -> fx.Node:
         tensors = [e.tensor(name) for name in ("A", "router", "B")]
-        return e.add(e.call(bank_hydralora, e.x, e.shared(ADAPTER_IDS), *tensors))
+        return e.add(e.call(bank_hydralora, e.x, e.given(ADAPTER_IDS), *tensors))

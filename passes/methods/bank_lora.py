@@ -69,4 +69,4 @@ class LoRABank(BankMethod, key="bank_lora"):
         return FactorsBank, {"A": local["A"].transpose(1, 2), "B": local["B"]}
 
     def emit(self, e: Emitter) -> fx.Node:
-        return e.add(e.call(bank_lora, e.x, e.shared(ADAPTER_IDS), e.tensor("A"), e.tensor("B")))
+        return e.add(e.call(bank_lora, e.x, e.given(ADAPTER_IDS), e.tensor("A"), e.tensor("B")))

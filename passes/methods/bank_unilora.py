@@ -77,7 +77,7 @@ class UniLoRABank(BankMethod, UniLoRA, key="bank_unilora"):
             e.call(
                 bank_unilora,
                 e.x,
-                e.shared(ADAPTER_IDS),
+                e.given(ADAPTER_IDS),
                 e.shared("theta"),
                 e.shared("counts"),
                 e.tensor("index_a"),

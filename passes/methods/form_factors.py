@@ -78,4 +78,4 @@ class FactorsBank(OpenForm, key="factors_bank"):
         }
 
     def emit(self, e: Emitter) -> fx.Node:
-        return e.add(e.call(stacked_factors, e.x, e.shared(ADAPTER_IDS), e.tensor("A"), e.tensor("B")))
+        return e.add(e.call(stacked_factors, e.x, e.given(ADAPTER_IDS), e.tensor("A"), e.tensor("B")))

@@ -88,4 +88,4 @@ class RoutedBank(OpenForm, key="routed_bank"):
         }
 
     def emit(self, e: Emitter) -> fx.Node:
-        return e.add(e.call(stacked_routed, e.x, e.shared(ADAPTER_IDS), *(e.tensor(name) for name in self.axes)))
+        return e.add(e.call(stacked_routed, e.x, e.given(ADAPTER_IDS), *(e.tensor(name) for name in self.axes)))
