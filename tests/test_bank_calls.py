@@ -1,4 +1,4 @@
-"""Calls of one bank that go on at the same time, inside one another, or end in an error: each has its own adapter ids."""
+"""Calls of one bank at the same time, inside one another, or ending in an error: each has its own adapter ids."""
 
 from __future__ import annotations
 
