@@ -11,10 +11,12 @@ from torch import nn
 from ..rewriter.errors import CheckpointError, SpecError, listing
 from ..rewriter.state import M
 from .authors import reader_of
+from .folder import CONFIG, WEIGHTS, as_path, check_config_is_theirs, read_folder
 from .foreign import graft
-from .native import CONFIG, FORMAT, WEIGHTS, load_native, read_config, read_tensors, save_native
+from .native import FORMAT, load_native, save_native
 from .peft import save_peft
 from .peft_load import read_peft
+from .peft_names import DESCRIPTIVE
 
 FORMATS = ("fxgraft", "peft")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -67,20 +69,22 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
             f"load_adapter({type(model).__name__}, ...): give an nn.Module or an fx.GraphModule; of an ExportedProgram "
             "that is program.module()"
         )
-    directory = adapter_folder(Path(directory), name)
-    config = read_config(directory)
-    _refuse_pickle(Path(directory))
+    folder = adapter_folder(as_path(directory), name)
+    stored = read_folder(folder)
+    config, tensors, what = stored.config, stored.tensors, f"the adapter in {str(folder)!r}"
+    if not stored.weights:
+        _refuse_pickle(folder)
     if config.get("format") == FORMAT:
-        return load_native(model, directory, name)
-    what = f"the adapter in {str(directory)!r}"
-    known = "method" in config or "peft_type" in config
-    tensors = read_tensors(Path(directory) / WEIGHTS) if known or (Path(directory) / WEIGHTS).is_file() else {}
+        return load_native(model, stored, name, what)
+    if not stored.weights and ("method" in config or "peft_type" in config):
+        raise CheckpointError(f"{what}: {WEIGHTS} is missing")
     reader = reader_of(config, tensors) or (read_peft if "peft_type" in config else None)
     if reader is None:
         raise CheckpointError(
-            f"{str(directory)!r}: the format of this adapter is not known (keys of its config: "
+            f"{str(folder)!r}: the format of this adapter is not known (keys of its config: "
             f"{listing(sorted(config), 12)}; of its tensors: {listing(sorted(tensors))})"
         )
+    check_config_is_theirs(stored, DESCRIPTIVE, what)
     try:
         foreign = reader(config, tensors, model, what)
     except SpecError as error:  # a value in the config that the method does not allow
@@ -92,7 +96,8 @@ def adapter_folder(directory: Path, name: str) -> Path:
     """The folder itself if it holds an adapter, or the one inside it that does; `name` tells between several."""
     if (directory / CONFIG).is_file() or not directory.is_dir():
         return directory
-    inside = sorted(folder.parent.name for folder in directory.glob(f"*/{CONFIG}"))
+    # what starts with a dot is a writer's workspace
+    inside = sorted(f.parent.name for f in directory.glob(f"*/{CONFIG}") if not f.parent.name.startswith("."))
     if len(inside) == 1 or name in inside:
         return directory / (name if name in inside else inside[0])
     if inside:
@@ -105,8 +110,6 @@ def adapter_folder(directory: Path, name: str) -> Path:
 
 def _refuse_pickle(directory: Path) -> None:
     """A pickle runs code when it is read, so it is not read at all."""
-    if (directory / WEIGHTS).is_file():
-        return
     if found := sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES):
         raise CheckpointError(
             f"{str(directory / found[0])!r} is a pickle, which can run any code when it is opened, and {WEIGHTS} is "

@@ -1,31 +1,27 @@
 """Adapter checkpoints of our own: `adapter_config.json` and `adapter_model.safetensors`, nothing else.
 
 The config carries the format version, the spec, the sites with their shapes, and the versions that wrote it; the
-tensors are what `adapter_state` returns. Both files are written beside the target and moved in place together.
+tensors are what `adapter_state` returns.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..rewriter.api import adapter_state, check_state, graft_adapter, set_active, write_state
 from ..rewriter.errors import AdapterError, CheckpointError, SpecError, TargetError, listing
 from ..rewriter.spec import Spec
 from ..rewriter.state import M, record_of, unwrap
+from .folder import CONFIG, WEIGHTS, Stored, check_config_is_theirs, write_folder
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT, FORMAT_VERSION = "fxgraft", 1
+_ABOUT = frozenset({"versions"})
 
 
 def save_native(
@@ -62,81 +58,39 @@ def save_native(
         "sites": {s.name: [s.out_features, s.in_features] for s in record.sites},
         "versions": {"fxgraft": own, "torch": torch.__version__},
     }
-    write_folder(directory, config, tensors, {"format": "pt"})
+    write_folder(directory, config, tensors)
     return Path(directory)
 
 
-def write_folder(
-    directory: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    metadata: dict[str, str],
-) -> None:
-    """Write config and tensors so that a reader sees both of the old adapter or both of the new one."""
-    target = Path(directory)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=target))
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {str(target)!r}: {error.strerror or error}") from error
-    try:
-        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors), staging / WEIGHTS, metadata=metadata)
-        # tensors first: a config that names tensors which are not there yet would not load
-        for file in (WEIGHTS, CONFIG):
-            os.replace(staging / file, target / file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write the adapter to {str(target)!r}: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parsed `adapter_config.json` of a folder, whoever wrote it."""
-    path = Path(directory) / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{str(directory)!r} is not an adapter folder: it has no {CONFIG}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{str(path)!r} holds {type(config).__name__}, expected an object")
-    return config
-
-
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; a damaged or truncated file is one clear error."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{str(path)!r} is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from error
-
-
-def load_native(model: M, directory: str | os.PathLike[str], name: str = "default") -> M:
-    """Graft an adapter from a folder; the input model is not changed, and nothing is returned unless all of it fits.
+def load_native(model: M, stored: Stored, name: str, what: str) -> M:
+    """Graft an adapter of ours; the input model is not changed, and nothing is returned unless all of it fits.
 
     Raises:
         CheckpointError: the files are damaged, of a newer version, or made for another model.
     """
-    config = read_config(directory)
+    config = stored.config
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{str(directory)!r} has format version {version!r}, this fxgraft reads {FORMAT_VERSION}; update fxgraft"
+            f"{what} has format version {version!r}, this fxgraft reads {FORMAT_VERSION}; update fxgraft"
         )
     if missing := [k for k in ("spec", "sites") if not isinstance(config.get(k), dict)]:
-        raise CheckpointError(f"{str(directory)!r}: {CONFIG} lacks {listing(missing)}")
-    tensors = read_tensors(Path(directory) / WEIGHTS)
+        raise CheckpointError(f"{what}: {CONFIG} lacks {listing(missing)}")
+    if not stored.weights:
+        raise CheckpointError(f"{what}: {WEIGHTS} is missing")
     try:
         spec = Spec.from_dict(config["spec"])
-    except (SpecError, TypeError) as error:
-        raise CheckpointError(f"{str(directory)!r}: {error}") from error
-    sites = {n: (int(shape[0]), int(shape[1])) for n, shape in config["sites"].items()}
-    return graft_values(model, spec, name, tensors, f"the adapter in {str(directory)!r}", sites)
+    except SpecError as error:
+        raise CheckpointError(f"{what}: {error}") from error
+    check_config_is_theirs(stored, _ABOUT, what)
+    return graft_values(model, spec, name, stored.tensors, what, _sites(config["sites"], what))
+
+
+def _sites(given: Mapping[str, Any], what: str) -> dict[str, tuple[int, int]]:
+    for name, shape in given.items():
+        if not isinstance(shape, list) or [type(size) for size in shape] != [int, int]:
+            raise CheckpointError(f"{what}: the site {name!r} in its {CONFIG} is {shape!r}, expected [out, in]")
+    return {name: (out_features, in_features) for name, (out_features, in_features) in given.items()}
 
 
 def graft_values(

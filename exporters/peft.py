@@ -23,8 +23,8 @@ from ..rewriter.errors import CheckpointError, listing
 from ..rewriter.method import Method
 from ..rewriter.sites import Site
 from ..rewriter.state import AdapterRecord, AdapterTensors, base_modules, record_of, unwrap
+from .folder import write_folder
 from .foreign import PREFIX, exactly
-from .native import write_folder
 from .peft_names import is_conv1d, is_linear, saved_names, target_names
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]
@@ -69,7 +69,7 @@ def save_peft(
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
         raise CheckpointError(f"adapter {name!r} has NaN or infinite values in {listing(bad)}; nothing was written")
-    write_folder(directory, config, tensors, {"format": "pt"})
+    write_folder(directory, config, tensors)
     return Path(directory)
 
 

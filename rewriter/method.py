@@ -229,9 +229,11 @@ class OpenForm(Room, key=""):
 
 def method_from_dict(data: Mapping[str, Any]) -> Method:
     """The inverse of `Method.to_dict`. Raises `SpecError` on an unknown method or field."""
+    if not isinstance(data, Mapping) or not all(isinstance(name, str) for name in data):
+        raise SpecError(f"a method is given as a dict of its fields, given was {data!r}")
     values = dict(data)
     key = values.pop("method", None)
-    cls = METHODS.get(key)  # type: ignore[arg-type]
+    cls = METHODS.get(key) if isinstance(key, str) else None
     if cls is None:
         raise SpecError(f"unknown method {key!r}; known are {listing(METHODS)}")
     known = {f.name for f in dataclasses.fields(cls)}

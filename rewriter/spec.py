@@ -29,17 +29,19 @@ class Target(Config):
     select: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "select", tuple(self.select))
+        object.__setattr__(self, "select", _names(self.select, "Target(select=...)"))
         _check_pattern(self.pattern, "Target.pattern")
-        if not isinstance(self.parts, int) or self.parts < 1:
+        if type(self.parts) is not int or self.parts < 1:
             raise SpecError(f"Target(parts={self.parts!r}): allowed are whole numbers from 1 up")
-        if not self.select or len(set(self.select)) != len(self.select):
-            raise SpecError(f"Target(select={self.select!r}): name at least one part, and each once")
+        if not self.select:
+            raise SpecError(f"Target(select={self.select!r}): name at least one part")
         for part in self.select:
-            if not isinstance(part, int) or not 0 <= part < self.parts:
+            if type(part) is not int or not 0 <= part < self.parts:
                 raise SpecError(
                     f"Target(select={self.select!r}): with parts={self.parts} allowed are 0..{self.parts - 1}"
                 )
+        if len(set(self.select)) != len(self.select):
+            raise SpecError(f"Target(select={self.select!r}): name each part once")
 
 
 def _check_pattern(pattern: Any, where: str) -> None:
@@ -50,7 +52,7 @@ def _check_pattern(pattern: Any, where: str) -> None:
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise SpecError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
 
 
@@ -119,11 +121,22 @@ class Spec(Config):
         known = {"method", "targets", "exclude", "train", "overrides"}
         if not isinstance(data, Mapping) or not {"method"} <= set(data) <= known:
             raise SpecError(f"a spec has the keys {sorted(known)} (method is required), given was {data!r}")
-        targets = data.get("targets", [ALL_LINEAR])
+        overrides = data.get("overrides", {})
+        if not isinstance(overrides, Mapping):
+            raise SpecError(f"a spec's overrides are pattern -> method, given was {overrides!r}")
         return cls(
             method=method_from_dict(data["method"]),
-            targets=tuple(Target(**t) if isinstance(t, Mapping) else t for t in _names(targets, "targets")),
-            exclude=tuple(data.get("exclude", ())),
-            train=tuple(data.get("train", ())),
-            overrides={p: method_from_dict(m) for p, m in data.get("overrides", {}).items()},
+            targets=tuple(map(_target_from, _names(data.get("targets", [ALL_LINEAR]), "targets"))),
+            exclude=_names(data.get("exclude", ()), "exclude"),
+            train=_names(data.get("train", ()), "train"),
+            overrides={p: method_from_dict(m) for p, m in overrides.items()},
         )
+
+
+def _target_from(given: Any) -> Any:
+    """A `Target` from its dict; patterns as they are."""
+    if not isinstance(given, Mapping):
+        return given
+    if not {"pattern"} <= set(given) <= {"pattern", "parts", "select"}:
+        raise SpecError(f"a target has the keys pattern, parts and select, given was {given!r}")
+    return Target(**{**given, "select": _names(given.get("select", (0,)), "Target(select=...)")})

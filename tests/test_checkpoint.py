@@ -171,7 +171,7 @@ def test_a_read_only_folder_keeps_what_it_had(bert, saved, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     # root may write anywhere, so the refusal of the file system is put in its place
-    monkeypatch.setattr("fxgraft.exporters.native.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("fxgraft.backends.staging.tempfile.mkdtemp", refuse)
     with pytest.raises(fg.CheckpointError, match=r"cannot write to .*Permission denied"):
         fg.save_adapter(perturb(adapted), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -184,7 +184,7 @@ def test_a_failure_half_way_keeps_the_old_adapter(saved, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fxgraft.exporters.native.save_file", refuse)
+    monkeypatch.setattr("fxgraft.exporters.folder.save_file", refuse)
     with pytest.raises(fg.CheckpointError, match="No space left"):
         fg.save_adapter(perturb(adapted), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
