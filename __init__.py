@@ -37,6 +37,7 @@ from .rewriter.errors import (
 )
 from .rewriter.explain import explain
 from .rewriter.exported import capture
+from .rewriter.groups import parameter_groups
 from .rewriter.passbase import Program
 from .rewriter.spec import Spec, Target
 
@@ -90,6 +91,7 @@ __all__ = [
     "lora_breakdown",
     "merge",
     "package",
+    "parameter_groups",
     "passes",
     "remove",
     "remove_tenant",

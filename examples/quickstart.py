@@ -228,14 +228,10 @@ def frozen_baseline(model: nn.Module, train: Headlines, validation: Headlines, t
 
 def train_adapter(adapted: nn.Module, train: Headlines, validation: Headlines, args: argparse.Namespace) -> float:
     """Train what requires grad, with a progress bar, and return the seconds it took."""
-    trainable = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     # One entry of the vector stands in many places of many factors: it wants a far larger step than the head, and no
     # decay, which would shrink every site of the model at once.
-    vector = [p for name, p in trainable if name.endswith(".theta")]
-    head = [p for name, p in trainable if not name.endswith(".theta")]
-    optimizer = torch.optim.AdamW(
-        [{"params": vector, "lr": args.vector_lr, "weight_decay": 0.0}, {"params": head, "lr": args.head_lr}]
-    )
+    groups = fg.parameter_groups(adapted, vector_lr=args.vector_lr, lr=args.head_lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups)
     per_epoch = math.ceil(len(train) / args.batch_size)
     total = per_epoch * args.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_linear(step, total))

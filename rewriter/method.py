@@ -79,6 +79,8 @@ class Method(Config, abc.ABC):
     unmergeable: ClassVar[str | None] = None
     #: why the method is not a low-rank product; None where it is
     not_low_rank: ClassVar[str | None] = None
+    #: trainable tensors that a whole model shares: they take a learning rate of their own and no weight decay
+    vectors: ClassVar[tuple[str, ...]] = ()
     #: what a call brings for it: keyword arguments of the model's forward, which `Emitter.given` reads by name
     inputs: ClassVar[tuple[str, ...]] = ()
     #: fields that count in training or at the start only: given tensors compute the same whatever they say

@@ -157,6 +157,7 @@ class UniLoRA(Method, key="unilora"):
 
     free: ClassVar[tuple[str, ...]] = ("dropout", "init_bound")
     by_order: ClassVar[bool] = True
+    vectors: ClassVar[tuple[str, ...]] = ("theta",)
 
     rank: int = 4
     vector_length: int = 23_040
