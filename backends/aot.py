@@ -30,7 +30,7 @@ from ..rewriter.signature import (
     named_tensors,
 )
 from ..rewriter.skeleton import copy_skeleton
-from ..rewriter.state import find_state, record_of, unwrap
+from ..rewriter.state import find_state, record_of, strip_wrappers, unwrap
 from .aot_describe import describe_adapter, describe_call, dynamic_axes
 from .aot_manifest import machine, own_versions, read, write
 from .aot_package import Package
@@ -141,7 +141,7 @@ def package(
 
 def _twin(root: nn.Module, name: str | None) -> tuple[nn.Module, list[str]]:
     """A copy in eval mode over the same base weights, with the chosen adapter active, and what is active."""
-    twin = copy_skeleton(root)
+    twin = strip_wrappers(copy_skeleton(root))
     if name is not None:
         record_of(twin, name)
         api.set_active(twin, [name])

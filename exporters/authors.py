@@ -20,7 +20,7 @@ from ..passes.methods.lora_xs import LoRAXS
 from ..passes.methods.prolora import PRoLoRA
 from ..passes.methods.unilora import UniLoRA
 from ..rewriter.errors import CheckpointError, listing
-from ..rewriter.state import unwrap
+from ..rewriter.state import base_modules
 from .foreign import Foreign, all_there, by_site, in_model_order, none_left, only_keys, stored_unilora, value
 from .peft_load import LORA_FIELDS, lora_at
 from .peft_names import check_config, told_names, trained_tensors
@@ -177,7 +177,7 @@ def read_glora(config: Config, tensors: Tensors, model: nn.Module, what: str) ->
         raise CheckpointError(f"{what} lacks the tensors of {len(without)} site(s) with a path: {listing(without)}")
     if without := [site for site in sites if site not in paths]:
         raise CheckpointError(f"{what}: the config has no path for {len(without)} site(s): {listing(without)}")
-    modules = dict(unwrap(model).named_modules())
+    modules = dict(base_modules(model))
     methods, values = {}, {}
     for site in in_model_order(sites, model):
         path, ranks = _glora_path(paths[site], rank, f"{what}: path of {site!r}")

@@ -30,7 +30,8 @@ from ..rewriter.signature import (
     other_sizes,
     symbols,
 )
-from ..rewriter.state import find_state, unwrap
+from ..rewriter.skeleton import bare
+from ..rewriter.state import find_state
 from . import graph, manifest
 from .checks import Inputs, hold_against_torch, probe
 from .decoder import cached, cached_example
@@ -164,7 +165,7 @@ def export_onnx(
     started = time.perf_counter()
     if not isinstance(adapted, torch.nn.Module):
         raise ExportError(f"export_onnx({type(adapted).__name__}, ...): give the adapted model, an nn.Module")
-    adapted = unwrap(adapted)
+    adapted = bare(adapted)
     if adapters not in MODES:
         raise ExportError(f"adapters={adapters!r} is not one of {listing(MODES)}")
     if not expanded and adapters != "swappable":

@@ -22,7 +22,7 @@ from ..rewriter.api import adapter_modules
 from ..rewriter.errors import CheckpointError, listing
 from ..rewriter.method import Method
 from ..rewriter.sites import Site
-from ..rewriter.state import AdapterRecord, AdapterTensors, base_modules, record_of, unwrap
+from ..rewriter.state import AdapterRecord, AdapterTensors, base_modules, grafted_modules, lookup, record_of, unwrap
 from .folder import write_folder
 from .foreign import PREFIX, exactly
 from .peft_names import is_conv1d, is_linear, saved_names, target_names
@@ -45,7 +45,7 @@ def save_peft(
     root = unwrap(adapted)
     record = record_of(root, name)
     what = f"adapter {name!r} cannot be saved for PEFT"
-    modules = dict(base_modules(root))
+    modules = grafted_modules(root)
     _check_sites(record, modules, what)
     kinds = {type(group.method) for group in record.groups}
     writer = _WRITERS.get(next(iter(kinds))) if len(kinds) == 1 else None
@@ -163,7 +163,7 @@ def _anchored(name: str) -> str:
 
 
 def _conv1d(root: nn.Module, sites: Iterable[Site]) -> bool:
-    return any(is_conv1d(root.get_submodule(site.owner)) for site in sites)
+    return any(is_conv1d(lookup(root, site.owner)) for site in sites)
 
 
 def _unilora(

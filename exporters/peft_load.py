@@ -19,7 +19,7 @@ from ..passes.methods.glora_path import GLoRAPath
 from ..passes.methods.lora import LoRA
 from ..passes.methods.unilora import UniLoRA, balanced_indices
 from ..rewriter.errors import CheckpointError, listing
-from ..rewriter.state import unwrap
+from ..rewriter.state import base_modules, unwrap
 from .foreign import Foreign, all_there, by_site, in_model_order, stored_unilora, used_counts, value
 from .peft_names import check_config, pattern_value, told_names, trained_tensors
 
@@ -152,7 +152,7 @@ def _glora(config: Config, tensors: Tensors, model: nn.Module, what: str) -> For
     path = GLoRAPath(A=both, B=both, C=C, D=line, E=line)
     sites, rest = by_site(tensors, r"base_model\.model\.(?P<site>.+)\.glora_(?P<name>[A-E]\.(Xd|Xu|X|zeros))")
     train, values = trained_tensors(config, model, rest, what)
-    modules = dict(unwrap(model).named_modules())
+    modules = dict(base_modules(model))
     methods = {}
     for site in in_model_order(sites, model):
         given = dict(sites[site])

@@ -105,7 +105,9 @@ def _linear_names(model: nn.Module, modules: Mapping[str, nn.Module], task: Any)
     head = get_output()
     if head is None and task == "SEQ_CLS":
         head = getattr(model, "score", None) or getattr(model, "classifier", None)
-    return [name for name in names if modules[name] is not head]
+    if not isinstance(head, nn.Module):
+        return names
+    return [name for name in names if modules[name] is not unwrap(head)]
 
 
 def told_names(config: Mapping[str, Any], model: nn.Module, what: str) -> list[str] | None:

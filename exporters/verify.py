@@ -17,7 +17,7 @@ from ..backends.parity import Parity
 from ..rewriter.errors import ExportError, ParityError, listing
 from ..rewriter.method import ADAPTER_IDS
 from ..rewriter.signature import add_up
-from ..rewriter.state import unwrap
+from ..rewriter.skeleton import bare
 from . import manifest
 from .checks import axes_of, differs, drawn, hold_against_torch, probe
 from .decoder import cached
@@ -210,7 +210,7 @@ def _with_torch(
 ) -> list[Parity]:
     if not isinstance(model, torch.nn.Module):
         raise VerifyError(f"verify(path, {type(model).__name__}): give the adapted model, an nn.Module")
-    root = unwrap(model)
+    root = bare(model)
     if told.get("cache"):
         root = cached(root, told["cache"])
     with eval_mode(root), torch.no_grad():

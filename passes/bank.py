@@ -23,7 +23,7 @@ from ..rewriter.errors import AdapterError, MergeError, listing
 from ..rewriter.method import BankMethod, Method
 from ..rewriter.sites import Site
 from ..rewriter.spec import Spec
-from ..rewriter.state import AdapterTensors, M, find_state, record_of, unwrap
+from ..rewriter.state import AdapterTensors, M, find_state, lookup, record_of, unwrap
 from .factors import sites_as_targets
 from .methods.bank_dense import DenseBank
 from .methods.bank_lora import LoRABank
@@ -282,7 +282,7 @@ def _entries(root: nn.Module, name: str, source: _Source) -> dict[tuple[int, str
             continue
         assert isinstance(method, BankMethod)
         if site.name in heads:
-            base = root.get_submodule(site.owner)
+            base = lookup(root, site.owner)
             head = heads[site.name]
             pairs = (("weight", head.weight, base.weight), ("bias", head.bias, base.bias))
             entry = {n: t.float() - b.float() for n, t, b in pairs if t is not None}  # type: ignore[union-attr, operator]

@@ -21,7 +21,7 @@ from ..rewriter.errors import SpecError, TargetError, listing
 from ..rewriter.outline import outline_linears
 from ..rewriter.sites import Site
 from ..rewriter.spec import Spec, Target
-from ..rewriter.state import base_modules, unwrap
+from ..rewriter.state import base_modules, lookup, unwrap
 from ..rewriter.targets import resolve
 from .methods.lora_sb import LoRASB, UpdateEstimate, pack_signs
 
@@ -192,7 +192,7 @@ def _prepare(model: Any, spec: Spec) -> tuple[nn.Module, dict[Key, list[Site]]]:
 
 
 def _base_weight(twin: nn.Module, owner: str, attribute: str) -> Tensor:
-    weight = twin.get_submodule(owner)._parameters[attribute]
+    weight = lookup(twin, owner)._parameters[attribute]
     assert weight is not None
     return weight
 

@@ -17,7 +17,7 @@ from ..rewriter.api import adapter_modules, base_of, graft_adapter, trained_modu
 from ..rewriter.errors import MergeError
 from ..rewriter.sites import Site
 from ..rewriter.spec import Spec, Target
-from ..rewriter.state import AdapterRecord, M, record_of, unwrap
+from ..rewriter.state import AdapterRecord, M, lookup, record_of, unwrap
 from .methods.lora import LoRA
 
 
@@ -63,7 +63,7 @@ def factors(adapted: nn.Module, name: str = "default") -> dict[str, tuple[Tensor
 
 def compute_dtype(root: nn.Module, site: Site) -> torch.dtype:
     """The dtype of the base weight, float32 for one that is quantised."""
-    weight = root.get_submodule(site.owner)._parameters[site.weight]
+    weight = lookup(root, site.owner)._parameters[site.weight]
     assert weight is not None
     return weight.dtype if weight.is_floating_point() else torch.float32
 

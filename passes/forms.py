@@ -21,7 +21,7 @@ from ..rewriter.errors import MergeError
 from ..rewriter.method import BankMethod, Method, OpenForm, Tensors
 from ..rewriter.sites import Site
 from ..rewriter.spec import Spec
-from ..rewriter.state import AdapterTensors, record_of, unwrap
+from ..rewriter.state import AdapterTensors, base_modules, lookup, record_of, strip_wrappers, unwrap
 from ..rewriter.targets import resolve
 from .factors import compute_dtype, sites_as_targets, wide
 from .merge import fold_weights
@@ -94,7 +94,7 @@ def whole_weights(adapted: nn.Module, name: str) -> dict[str, Tensor]:
     root = unwrap(adapted)
     replaced = fold_weights(root, name, _whole)
     for path, attribute in list(replaced):
-        owner, key = root.get_submodule(path), (path, "bias")
+        owner, key = lookup(root, path), (path, "bias")
         if attribute != "bias" and key not in replaced and "bias" in owner._parameters:
             replaced[key] = _bias(owner, replaced[path, attribute], _site_at(root, name, path))
     return {f"{path}.{attribute}".lstrip("."): tensor for (path, attribute), tensor in replaced.items()}
@@ -124,8 +124,8 @@ def opened(adapted: nn.Module, name: str = "default") -> Twin:
     root = unwrap(adapted)
     record = record_of(root, name)
     values, whole = form_values(root, name), whole_weights(root, name)
-    plain = base_of(root)
-    modules = dict(plain.named_modules())
+    plain = strip_wrappers(base_of(root))
+    modules = dict(base_modules(plain))
     for path, module in trained_modules(root, name, record).items():
         parent, _, leaf = path.rpartition(".")
         modules[parent]._modules[leaf] = module
@@ -158,7 +158,7 @@ def opened_bank(banked: nn.Module, name: str, slots: int) -> Twin:
         tensors = {key: stack[:slots].to(dtype).contiguous() for key, stack in tensors.items()}
         values[site.name] = form, tensors
         placed[site.name] = form(sizes=(form.sizes_of(tensors),)), tensors
-    module, keys = _grafted(base_of(root), record.sites, placed)
+    module, keys = _grafted(strip_wrappers(base_of(root)), record.sites, placed)
     return Twin(module, values, keys, {})
 
 

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from ..rewriter.api import adapter_modules, base_of, trained_modules
 from ..rewriter.dataflow import tied_names
 from ..rewriter.errors import MergeError, listing
-from ..rewriter.state import AdapterTensors, M, base_modules, record_of, state_of, unwrap
+from ..rewriter.state import (
+    AdapterTensors,
+    M,
+    base_modules,
+    grafted_modules,
+    record_of,
+    state_of,
+    strip_wrappers,
+    unwrap,
+)
 
 
 def merge(adapted: M, names: Sequence[str] | None = None) -> M:
@@ -41,7 +50,7 @@ def merge(adapted: M, names: Sequence[str] | None = None) -> M:
         raise MergeError(f"merge(names={names}): each adapter at most once")
     for name in names:
         record_of(root, name)
-    modules = dict(base_modules(root))
+    modules = grafted_modules(root)
     replaced, trained = _fold(root, names, modules), {}
     for name in names:
         for path, module in trained_modules(root, name, state.adapters[name], modules).items():
@@ -50,7 +59,7 @@ def merge(adapted: M, names: Sequence[str] | None = None) -> M:
             trained[path] = module
 
     ties = tied_names(root)
-    plain = base_of(root)
+    plain = strip_wrappers(base_of(root))
     owners = dict(base_modules(plain))
     for (path, attribute), tensor in replaced.items():
         full = f"{path}.{attribute}".lstrip(".")
@@ -67,7 +76,7 @@ def merge(adapted: M, names: Sequence[str] | None = None) -> M:
 
 def fold_weights(root: nn.Module, name: str, only: Callable[[AdapterTensors], bool]) -> dict[tuple[str, str], Tensor]:
     """`(owner path, attribute) -> merged tensor` of one adapter's sites for which `only` is true."""
-    return _fold(root, [name], dict(base_modules(root)), only)
+    return _fold(root, [name], grafted_modules(root), only)
 
 
 def _fold(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapterstate import AdapterState, check_same_function, methods_of
 from .errors import AdapterError, listing, near_misses
 from .fastpath import set_fast_paths
-from .graft import ADAPTERS, activate, add_adapter, drop_adapter, plain_view, restore_class, site_tensors
+from .graft import ADAPTERS, activate, add_adapter, check_forward, drop_adapter, plain_view, restore_class, site_tensors
 from .inputs import release_inputs, take_inputs
 from .method import Decl, InitContext, Method
 from .saving import release_saving, take_over_saving
@@ -29,8 +29,10 @@ from .state import (
     Group,
     M,
     ModelState,
-    base_modules,
+    base_parameters,
     find_state,
+    forget_lost,
+    grafted_modules,
     record_of,
     state_of,
     unwrap,
@@ -105,8 +107,8 @@ def graft_adapter(
     adapted = copy_skeleton(source)
     state = adapted.__dict__.setdefault(STATE, ModelState())
     if not state.adapters:
-        state.trained = frozenset(n for n, p in source.named_parameters() if p.requires_grad)
-    modules = dict(base_modules(adapted))
+        state.trained = frozenset(n for n, p in base_parameters(source) if p.requires_grad)
+    modules = grafted_modules(adapted)
     groups = _group(resolution, order)
     for index, group in enumerate(groups):
         _create(adapted, modules, group, index, name, dtype, update, initialise)
@@ -225,7 +227,10 @@ def set_active(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _apply_active(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
-    modules = dict(base_modules(root))
+    modules = grafted_modules(root)
+    for record in state.adapters.values():
+        for path in _owners(record):
+            check_forward(modules[path], path)
     for name, record in state.adapters.items():
         for parameter in adapter_parameters(root, name, record, modules).values():
             parameter.requires_grad_(name in names and parameter.is_floating_point())
@@ -270,7 +275,7 @@ def adapter_modules(
     root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
 ) -> Iterator[tuple[str, AdapterTensors]]:
     """`(prefix, tensors)` of one adapter: shared ones first, then sites. Prefixes end with a dot or are empty."""
-    modules = dict(base_modules(root)) if modules is None else modules
+    modules = grafted_modules(root) if modules is None else modules
     for key, shared in _shared_of(root, name).items():
         yield (f"{key}." if key else ""), shared
     for owner in dict.fromkeys(site.owner for site in record.sites):
@@ -282,7 +287,7 @@ def trained_modules(
     root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
 ) -> dict[str, nn.Module]:
     """The adapter's own copies of the modules it trains, by path."""
-    modules = dict(base_modules(root)) if modules is None else modules
+    modules = grafted_modules(root) if modules is None else modules
     return {path: modules[path]._modules[ADAPTERS]._modules[name] for path in record.train}  # type: ignore[union-attr, misc, index]
 
 
@@ -301,7 +306,7 @@ def adapter_parameters(
 def _live_state(root: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors themselves: trainable, frozen and the trained modules' whole state; nothing derived."""
     record = record_of(root, name)
-    modules = dict(base_modules(root))
+    modules = grafted_modules(root)
     found: dict[str, Tensor] = {}
     for prefix, tensors in adapter_modules(root, name, record, modules):
         saved = {n: t for n, t in tensors.tensors().items() if n not in tensors._non_persistent_buffers_set}
@@ -385,9 +390,9 @@ def swap(model: nn.Module, state: Mapping[str, Tensor] | nn.Module, name: str = 
 def remove(model: nn.Module, name: str) -> None:
     """Take an adapter out of the model, in place. Without adapters the model is the plain base, frozen flags undone."""
     root, state = unwrap(model), state_of(model)
-    record = record_of(root, name)
-    modules = dict(base_modules(root))
+    record = forget_lost(root, name)
     _apply_active(root, state, tuple(n for n in state.active if n != name))
+    modules = grafted_modules(root)
     for path in _owners(record):
         drop_adapter(modules[path], name)
         if ADAPTERS not in modules[path]._modules:
@@ -401,7 +406,7 @@ def remove(model: nn.Module, name: str) -> None:
     if not state.adapters:
         del root.__dict__[STATE]
         release_saving(root)
-        for n, parameter in root.named_parameters():
+        for n, parameter in base_parameters(root):
             parameter.requires_grad_(n in state.trained)
 
 

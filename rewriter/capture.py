@@ -14,7 +14,7 @@ from .errors import CaptureError
 
 #: nn.Module bookkeeping that does not influence what forward computes
 _BOOKKEEPING = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook",
-                "training", "call_super_init", "dump_patches", "_version"}  # fmt: skip
+                "training", "call_super_init", "dump_patches", "_version", "_compiled_call_impl"}  # fmt: skip
 _SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .sites import NoMatch
+from .state import base_parameters
 
 
 def storage_key(tensor: Tensor) -> tuple[object, ...]:
@@ -22,7 +23,7 @@ def storage_key(tensor: Tensor) -> tuple[object, ...]:
 def sharing(model: nn.Module) -> nx.Graph:
     """Bipartite graph of parameter names (`kind="name"`) and the memory they live in (`kind="tensor"`)."""
     graph = nx.Graph()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in base_parameters(model):
         key = storage_key(parameter)
         graph.add_node(name, kind="name")
         graph.add_node(key, kind="tensor")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .api import adapter_modules, trained_modules
 from .graft import PROVENANCE
 from .passbase import PassResult
-from .state import AdapterTensors, base_modules, state_of, unwrap
+from .state import AdapterTensors, grafted_modules, state_of, unwrap
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _row(adapter: str, kind: str, site: str, module: AdapterTensors, made_by: st
 def explain(model: nn.Module) -> Explanation:
     """Describe every adapter of an adapted model. Raises `AdapterError` for a model without any."""
     root, state = unwrap(model), state_of(model)
-    modules = dict(base_modules(root))
+    modules = grafted_modules(root)
     rows = []
     for name, record in state.adapters.items():
         for prefix, tensors in adapter_modules(root, name, record, modules):

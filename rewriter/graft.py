@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import linecache
+import types
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ from torch import fx, nn
 
 from .capture import trace
 from .dialect import eager_form
-from .errors import CaptureError
+from .errors import AdapterError, CaptureError
 from .method import Method
 from .percall import current
 from .sites import NoMatch, Site, find_linears
 from .state import ADAPTERS, AdapterTensors, Container
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
+_HOOKED = "_old_forward"  # plain attribute where accelerate keeps the forward that its hook on a module calls
 BASE = "fxgraft_base"  # plain attribute of an owner: its class before grafting
 PROVENANCE = "fxgraft"  # key in node.meta
 
@@ -42,6 +44,11 @@ class Provenance:
     reason: str = ""
 
 
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """What a copy of a module takes over: not what `module.compile()` left on it, which calls the module itself."""
+    return {key: value for key, value in module.__dict__.items() if key != "_compiled_call_impl"}
+
+
 # -- owners ------------------------------------------------------------------------------------------------------
 class Grafted(nn.Module):
     """Mixin of all generated classes: copying keeps the class, pickling rebuilds it."""
@@ -51,12 +58,12 @@ class Grafted(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Grafted:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        twin.__dict__ = copy.deepcopy(attributes(self), memo)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class cannot be imported; it is a function of the base class and the slots.
-        return (Grafted.__new__, (Grafted,), self.__dict__)
+        return (Grafted.__new__, (Grafted,), attributes(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -77,7 +84,8 @@ def plain_view(module: nn.Module) -> nn.Module:
         return module
     base = base_class(module)
     view = base.__new__(base)
-    view.__dict__ = {k: v for k, v in module.__dict__.items() if not k.startswith((SLOT, BASE))}
+    hidden = (SLOT, BASE, "forward", _HOOKED) if _hooked(module) else (SLOT, BASE)
+    view.__dict__ = {k: v for k, v in attributes(module).items() if not k.startswith(hidden)}
     view.__dict__["_modules"] = {k: v for k, v in module._modules.items() if not isinstance(v, Container)}
     return view
 
@@ -134,6 +142,7 @@ def restore_class(owner: nn.Module) -> None:
     for attribute in [a for a in owner.__dict__ if a.startswith(SLOT)]:
         del owner.__dict__[attribute]
     owner.__class__ = owner.__dict__.pop(BASE)
+    _follow_class(owner)
 
 
 # -- classes -----------------------------------------------------------------------------------------------------
@@ -146,6 +155,31 @@ def _slots(owner: nn.Module) -> list[nn.Module]:
 
 
 def _set_class(owner: nn.Module) -> None:
+    _choose_class(owner)
+    _follow_class(owner)
+
+
+def _hooked(owner: nn.Module) -> bool:
+    """Whether accelerate put a hook on a module after it was grafted."""
+    return BASE in owner.__dict__ and getattr(owner.__dict__.get(_HOOKED), "__self__", None) is owner
+
+
+def check_forward(owner: nn.Module, path: str) -> None:
+    """Raise `AdapterError` where a switch would have no effect: the forward was replaced on a grafted module."""
+    if BASE in owner.__dict__ and "forward" in owner.__dict__ and not _hooked(owner):
+        raise AdapterError(
+            f"the forward of {path!r} was replaced on the instance after rewrite, so switching adapters would not "
+            "reach it: put the replacement on the base model's module before rewrite, or use a forward hook"
+        )
+
+
+def _follow_class(owner: nn.Module) -> None:
+    """accelerate's hook on a module calls the forward that it found there: make it that of the class now."""
+    if "forward" in owner.__dict__ and getattr(owner.__dict__.get(_HOOKED), "__self__", None) is owner:
+        owner.__dict__[_HOOKED] = types.MethodType(type(owner).forward, owner)
+
+
+def _choose_class(owner: nn.Module) -> None:
     slots = _slots(owner)
     base = base_class(owner)
     if slots and not isinstance(slots[0], AdapterTensors):

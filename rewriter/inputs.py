@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .errors import AdapterError
-from .graft import BASE
+from .graft import BASE, attributes
 from .percall import put
 
 OWN_CLASS = f"{BASE}_inputs"  # plain attribute of a root: its class before `take_inputs`
@@ -30,12 +30,12 @@ class TakesInputs(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> TakesInputs:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        twin.__dict__ = copy.deepcopy(attributes(self), memo)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class cannot be imported; it is a function of the own class, which pickles as it always did.
-        plain = copy.copy(self.__dict__)
+        plain = attributes(self)
         return (_rebuild, (), {"own": _as_own_class(self, plain)})
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .errors import CaptureError
-from .state import Container, M
+from .state import Container, M, strip_wrappers, unwrap
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -56,3 +56,11 @@ def copy_skeleton(model: M) -> M:
             f"{type(model).__name__} holds something that cannot be copied ({type(error).__name__}: {error}); "
             "remove it from the model's attributes before rewriting"
         ) from error
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """What an exporter captures: the model inside its wrappers; where children are wrapped, a copy without."""
+    model = unwrap(model)
+    if all(unwrap(module) is module for module in model.modules()):
+        return model
+    return strip_wrappers(copy_skeleton(model))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,11 +13,11 @@ from .method import Method
 from .sites import Site
 from .spec import Spec
 
+M = TypeVar("M", bound=nn.Module)
+
 STATE = "_fxgraft"  # the record, in the root's __dict__
 ADAPTERS = "fxgraft"  # child of every owner: its adapters by name
 SHARED = "fxgraft_shared"  # child of the root: tensors that sites share
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,31 @@ class AdapterTensors(Container):
         return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in self.tensors().items())
 
 
+#: (package, class) of a wrapper -> the child that it calls. By class: a model of one's own may call a child `module`.
+_WRAPPERS = {
+    ("torch", "OptimizedModule"): "_orig_mod",
+    ("torch", "ActivationWrapper"): "_checkpoint_wrapped_module",
+    ("torch", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch", "DistributedDataParallel"): "module",
+    ("torch", "DataParallel"): "module",
+    ("torch", "AveragedModel"): "module",
+    ("deepspeed", "DeepSpeedEngine"): "module",
+    ("lightning", "_FabricModule"): "_forward_module",
+    ("lightning_fabric", "_FabricModule"): "_forward_module",
+}
+_WRAPPED = frozenset(_WRAPPERS.values())
+
+
 def unwrap(model: M) -> M:
-    """The model inside `torch.compile`'s and data-parallel wrappers."""
-    while True:
-        inner = model.__dict__.get("_orig_mod") or model._modules.get("_orig_mod")
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = model._modules.get("module")
+    """The module inside wrappers, in any order: `torch.compile`, activation checkpointing, data parallel, FSDP."""
+    while not _WRAPPED.isdisjoint(model._modules):
+        kinds = ((cls.__module__.partition(".")[0], cls.__name__) for cls in type(model).__mro__)
+        child = next((_WRAPPERS[kind] for kind in kinds if kind in _WRAPPERS), None)
+        inner = model._modules.get(child) if child is not None else None
         if inner is None:
-            return model
+            break
         model = inner  # type: ignore[assignment]
+    return model
 
 
 def find_state(model: nn.Module) -> ModelState | None:
@@ -122,11 +138,16 @@ def record_of(model: nn.Module, name: str) -> AdapterRecord:
     return state.adapters[name]
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` of the model without the adapters grafted into it."""
+def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of the model without the adapters grafted into it; wrappers give what is inside, and no name.
+
+    Args:
+        every_name: list a module that stands at several places under each of its names.
+    """
     seen: set[int] = set()
 
     def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrap(module)
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -134,5 +155,74 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module._modules.items():
             if child is not None and not isinstance(child, Container):
                 yield from walk(f"{prefix}.{name}" if prefix else name, child)
+        if every_name:
+            seen.discard(id(module))
 
     return walk("", model)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every base parameter under each of its names, in names without wrappers."""
+    for path, module in base_modules(model, every_name=True):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (f"{path}.{name}" if path else name), parameter
+
+
+def lookup(model: nn.Module, path: str) -> nn.Module:
+    """The module of a name without wrappers. Raises `AdapterError` where there is none."""
+    module = unwrap(model)
+    for part in path.split(".") if path else ():
+        child = module._modules.get(part)
+        if child is None:
+            raise AdapterError(f"this {type(unwrap(model)).__name__} has no module {path!r}: {part!r} is not there")
+        module = unwrap(child)
+    return module
+
+
+def strip_wrappers(model: M) -> M:
+    """Take the wrappers of children out of a model, in place: what is merged or exported has none."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and (inner := unwrap(child)) is not child:
+                module._modules[name] = inner
+    return model
+
+
+def forget_lost(model: nn.Module, name: str) -> AdapterRecord:
+    """The record of an adapter, brought down to what is still where it was grafted."""
+    state, record = state_of(model), record_of(model, name)
+    lost = set(_lost(record, name, dict(base_modules(model))))
+    if lost:
+        groups = (Group(g.method, tuple(s for s in g.sites if s.name not in lost)) for g in record.groups)
+        train = tuple(path for path in record.train if path not in lost)
+        record = state.adapters[name] = replace(record, groups=tuple(g for g in groups if g.sites), train=train)
+    return record
+
+
+def _lost(record: AdapterRecord, name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Sites and trained modules of an adapter that are no longer where they were grafted."""
+
+    def grafted(path: str) -> bool:
+        adapters = modules[path]._modules.get(ADAPTERS) if path in modules else None
+        return adapters is not None and name in adapters._modules
+
+    lost = [site.name for site in record.sites if not grafted(site.owner)]
+    return lost + [path for path in record.train if not grafted(path)]
+
+
+def grafted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """`base_modules` of an adapted model, each owner of an adapter where it was grafted.
+
+    Raises:
+        AdapterError: one was replaced by another module, or moved, since.
+    """
+    modules = dict(base_modules(model))
+    for name, record in state_of(model).adapters.items():
+        if lost := _lost(record, name, modules):
+            raise AdapterError(
+                f"adapter {name!r} was grafted into {listing(lost)}, and the module there is another one now: it was "
+                "replaced or moved after rewrite. Put it back, or rewrite the model as it is now; "
+                f"fg.remove(model, {name!r}) takes the rest of the adapter out"
+            )
+    return modules

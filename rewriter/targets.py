@@ -18,7 +18,7 @@ from .graft import base_class, plain_view
 from .method import Method
 from .sites import LinearNode, NoMatch, Site, find_linears
 from .spec import ALL_LINEAR, Spec, Target
-from .state import base_modules, find_state
+from .state import base_modules, find_state, unwrap
 
 #: last path components that name an output head in models that do not declare one
 HEAD_NAMES = frozenset(
@@ -84,7 +84,8 @@ def output_heads(model: nn.Module) -> set[str]:
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     if callable(get_output_embeddings):
         try:
-            heads.add(paths.get(id(get_output_embeddings())))
+            head = get_output_embeddings()
+            heads.add(paths.get(id(unwrap(head))) if isinstance(head, nn.Module) else None)
         except (NotImplementedError, AttributeError):
             heads.discard(None)  # transformers raises these for models without one
     embeddings = {path for path, m in modules.items() if isinstance(m, nn.Embedding)}
@@ -93,7 +94,8 @@ def output_heads(model: nn.Module) -> set[str]:
         if owner not in embeddings and any(other.rpartition(".")[0] in embeddings for other in names):
             heads.add(owner)
     base = getattr(model, "base_model", None)
-    if isinstance(base, nn.Module) and base is not model and id(base) in paths:
+    base = unwrap(base) if isinstance(base, nn.Module) else None
+    if base is not None and base is not model and id(base) in paths:
         inside = paths[id(base)]
         heads |= {path for path in modules if path and path != inside and not path.startswith(inside + ".")}
     elif not hasattr(model, "base_model"):
