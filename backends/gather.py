@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..passes.methods.unilora import all_factors, gather, scale_vector
 from ..passes.products import value
+from ..rewriter.effects import register_effect
 from ..rewriter.passbase import Pass, PassResult, Program, replace_meta
 from ..rewriter.sites import NoMatch
 
@@ -65,6 +66,9 @@ class _GatherApart(torch.autograd.Function):
 def gathered_factors(theta: Tensor, counts: Tensor, indices: list[Tensor]) -> tuple[Tensor, ...]:
     """`all_factors`: theta and counts `(d,)`, indices int32 of any shapes -> the factors, in the indices' shapes."""
     return _GatherApart.apply(scale_vector(theta, counts), *indices)  # type: ignore[return-value, no-untyped-call]
+
+
+register_effect(gathered_factors, fresh=True)
 
 
 @dataclass(frozen=True)

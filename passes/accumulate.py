@@ -5,8 +5,8 @@
 
 Inside, `bias + z across^T` is a product with the bias as its start, and `x W^T` runs with beta 1 into that buffer. The
 backward does the same the other way: the gradient of x through the base is the only new tensor of x's size.
-Does not handle up halves that are more than a product (HydraLoRA), sums that anything else reads, and products with a
-weight that is no plain matrix (quantised).
+Does not handle up halves that are more than a product (HydraLoRA), sums that anything else reads, products with a
+weight that is no plain matrix (quantised), operands that are written in between, and numbers that autocast rounds.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.amp.autocast_mode import _enter_autocast
 
 from ..rewriter.dialect import cast, is_dialect
+from ..rewriter.effects import register_effect
 from ..rewriter.halves import Halves, split
+from ..rewriter.memory import Memory
 from ..rewriter.passbase import Pass, PassResult, Program, replace_meta
 from ..rewriter.sites import NoMatch
 from .cost import accumulate_pays
-from .products import Product, rows, summed, value
+from .products import Product, autocast, one_product, rows, summed, value
 from .siblings import HALVES, go_down
 
 _library = torch.library.Library("fxgraft_kernels", "FRAGMENT")
@@ -87,6 +90,11 @@ class Accumulate(Pass):
 
     def run(self, program: Program) -> PassResult:
         count, no_matches = 0, []
+        memory = Memory(program.graph)
+        if program.training and (autocast() or any(n.target is _enter_autocast for n in program.graph.nodes)):
+            return PassResult(program, False, 0, (NoMatch("training under autocast: the way back has casts too"),))
+        if memory.transform is not None:
+            return PassResult(program, False, 0, (NoMatch("its operator has no rule for vmap", memory.transform.name),))
         for node in list(program.graph.nodes):
             found = summed(node)
             if isinstance(found, NoMatch):
@@ -95,7 +103,7 @@ class Accumulate(Pass):
             parts = _up_half(delta)
             if parts is None:
                 continue
-            reason = self._rewrite(program.graph, node, base, delta, *parts)
+            reason = self._rewrite(program.graph, memory, node, base, delta, *parts)
             if reason is not None:
                 no_matches.append(reason)
                 continue
@@ -103,10 +111,20 @@ class Accumulate(Pass):
         return PassResult(program, count > 0, count, tuple(no_matches))
 
     def _rewrite(
-        self, graph: fx.Graph, node: fx.Node, base: Product, delta: fx.Node, halves: Halves, arguments: tuple[Any, ...]
+        self,
+        graph: fx.Graph,
+        memory: Memory,
+        node: fx.Node,
+        base: Product,
+        delta: fx.Node,
+        halves: Halves,
+        x_or_z: fx.Node,
+        arguments: tuple[Any, ...],
     ) -> NoMatch | None:
         if halves.across is None:
             return NoMatch("its up half is more than a product", delta.name)
+        if (reason := one_product(memory, node, base, delta, x_or_z, arguments)) is not None:
+            return reason
         x, weight = value(base.x), value(base.weight)
         if x is not None and weight is not None and (x.dtype != weight.dtype or not weight.dtype.is_floating_point):
             return NoMatch(f"the base multiplies {x.dtype} by {weight.dtype}", node.name)
@@ -118,12 +136,13 @@ class Accumulate(Pass):
         with graph.inserting_before(node):
             if is_dialect(delta.target):
                 down = graph.call_function(halves.down, arguments)
-                z: Any = graph.call_function(_down_alone, (base.x, down))
+                z = graph.call_function(_down_alone, (x_or_z, down))  # of a dropped input, where there is dropout
             else:
-                z = delta.args[0]
+                z = x_or_z
             across = graph.call_function(halves.across, arguments)
             new = graph.call_function(onto, (base.x, base.weight, base.bias, z, across, base.transposed))
         replace_meta(new, node, type(self).__name__)
+        memory.stands(new, node)
         node.replace_all_uses_with(new)
         for old in (node, delta, base.node):
             graph.erase_node(old)
@@ -134,11 +153,16 @@ def _down_alone(x: Tensor, factor: Tensor) -> Tensor:
     return go_down(x, [factor])[0]
 
 
-def _up_half(delta: fx.Node) -> tuple[Halves, tuple[Any, ...]] | None:
+for _function in (onto, _down_alone):
+    register_effect(_function, fresh=True)
+
+
+def _up_half(delta: fx.Node) -> tuple[Halves, fx.Node, tuple[Any, ...]] | None:
+    """How a delta splits, what it reads (x, or z behind `Siblings`) and its other arguments."""
     if HALVES in delta.meta:
-        return delta.meta[HALVES], delta.args[1:]
+        return delta.meta[HALVES], delta.args[0], delta.args[1:]  # type: ignore[return-value]
     if is_dialect(delta.target):
         parts = split(delta)
         if not isinstance(parts, NoMatch):
-            return parts[0], parts[2]
+            return parts
     return None

@@ -3,8 +3,9 @@
     linear(x, W, b) + op(x, *a)   ->   merged_linear(x, W, b, down(*a), across(*a))     (W + B A) made at every call
 
 The tensors stay inputs of the graph, so the adapter stays swappable; one weight at a time is made anew and dropped.
-Inference only: in training the gradient of the sum would be a full weight gradient. Only for float32 weights and
-wider, because a narrower sum would round the delta away. What is left keeps its products apart, `(x A) B`.
+Inference only: in training the gradient of the sum would be a full weight gradient. Only for products in float32 and
+wider, because a narrower sum, also one that autocast makes narrower, would round the delta away. What is left keeps its
+products apart, `(x A) B`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..rewriter.dialect import is_dialect
+from ..rewriter.effects import register_effect
 from ..rewriter.halves import split
+from ..rewriter.memory import Memory
 from ..rewriter.passbase import Pass, PassResult, Program, replace_meta
 from ..rewriter.sites import NoMatch
 from .cost import inline_merge_pays
-from .products import Product, least_dimension, rows, summed, value
+from .products import Product, least_dimension, one_product, rows, summed, value
 
 
 def merged_linear(
@@ -31,6 +34,9 @@ def merged_linear(
     if transposed:
         weight, down, across = weight.t(), down, across
     return F.linear(x, torch.addmm(weight, across.to(weight.dtype), down.to(weight.dtype)), bias)
+
+
+register_effect(merged_linear, fresh=True)
 
 
 @dataclass(frozen=True)
@@ -47,18 +53,19 @@ class Choose(Pass):
         if program.training:
             return PassResult(program, False, 0, (NoMatch("training: a merged weight needs a full weight gradient"),))
         count, no_matches = 0, []
+        memory = Memory(program.graph)
         for node in list(program.graph.nodes):
             found = summed(node)
             if isinstance(found, NoMatch) or not is_dialect(found[1].target):
                 continue
-            reason = self._merge(program.graph, node, *found)
+            reason = self._merge(program.graph, memory, node, *found)
             if reason is None:
                 count += 1
             else:
                 no_matches.append(reason)
         return PassResult(program, count > 0, count, tuple(no_matches))
 
-    def _merge(self, graph: fx.Graph, node: fx.Node, base: Product, delta: fx.Node) -> NoMatch | None:
+    def _merge(self, graph: fx.Graph, memory: Memory, node: fx.Node, base: Product, delta: fx.Node) -> NoMatch | None:
         parts = split(delta)
         if isinstance(parts, NoMatch):
             return parts
@@ -72,6 +79,8 @@ class Choose(Pass):
             return NoMatch("nothing is known of the base weight", delta.name)
         if not weight.dtype.is_floating_point or weight.dtype.itemsize < 4 or type(weight).__name__.startswith("Quant"):
             return NoMatch(f"a {weight.dtype} weight would round the delta away", delta.name)
+        if (reason := one_product(memory, node, base, delta, x, arguments)) is not None:
+            return reason
         out, inner = reversed(weight.shape) if base.transposed else weight.shape
         verdict = inline_merge_pays(rows(x), int(out), int(inner), least_dimension(arguments), weight.device.type)
         if not (verdict or self.always):
@@ -80,6 +89,7 @@ class Choose(Pass):
             down, across = graph.call_function(halves.down, arguments), graph.call_function(halves.across, arguments)
             new = graph.call_function(merged_linear, (x, base.weight, base.bias, down, across, base.transposed))
         replace_meta(new, node, type(self).__name__, verdict.reason)
+        memory.stands(new, node)
         node.replace_all_uses_with(new)
         for old in (node, delta, base.node):
             graph.erase_node(old)

@@ -4,9 +4,9 @@
 
 For programs that own their tensors (`fg.capture`), in inference: the joined weight takes the place of the others, which
 go when nobody else reads them. Weights that are given at every call (`fg.compile`) would have to be joined at every
-call, and are left. So are swappable ones, quantised ones, and products that `Accumulate` or `Choose` has taken: these
-hold an adapter's sum, which saves more. The model the program was captured from keeps its own weights, so both in
-memory at once are a copy: drop the model.
+call, and are left. So are swappable ones, quantised ones, those that the graph writes, products of an input that is
+written in between, and products that `Accumulate` or `Choose` has taken: these hold an adapter's sum, which saves more.
+The model the program was captured from keeps its own weights, so both in memory at once are a copy: drop the model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from ..rewriter.dataflow import can_fuse, dependencies, siblings
+from ..rewriter.effects import effect, value
+from ..rewriter.memory import Memory, erase_unread, together
 from ..rewriter.passbase import Pass, PassResult, Program, replace_meta
 from ..rewriter.sites import NoMatch
 from .cost import joined_product_pays
@@ -44,7 +46,8 @@ class JoinProducts(Pass):
     def run(self, program: Program) -> PassResult:
         if program.training:
             return PassResult(program, False, 0, (NoMatch("training: the weights may still change"),))
-        graph, values = program.graph, Constants(program.graph_module, self.swappable)
+        graph, memory = program.graph, Memory(program.graph)
+        values = Constants(program.graph_module, self.swappable, memory)
         found: dict[fx.Node, tuple[Product, Tensor, Tensor | None]] = {}
         no_matches: list[NoMatch] = []
         for node in graph.nodes:
@@ -57,12 +60,17 @@ class JoinProducts(Pass):
             else:
                 found[node] = (base, *known)
         count, flow = 0, dependencies(graph)
+
+        def apart(run: list[fx.Node], node: fx.Node) -> NoMatch | None:
+            return memory.changed((found[node][0].x,), run[0], node)
+
         for readers in siblings(graph, lambda node: found[node][0].x if node in found else None):
             alike: dict[Any, list[fx.Node]] = defaultdict(list)
             for node in readers:
                 base, weight, _ = found[node]
                 alike[type(weight).__name__, weight.dtype, weight.device, base.transposed].append(node)
-            for nodes in alike.values():
+            runs = [run for group in alike.values() for run in together(group, apart)]
+            for nodes in runs:
                 reason = self._refused(flow, nodes, found)
                 if reason is not None:
                     no_matches.append(reason)
@@ -70,7 +78,7 @@ class JoinProducts(Pass):
                 self._join(program, nodes, found)
                 count += len(nodes)
         if count:
-            graph.eliminate_dead_code()
+            erase_unread(graph)
             drop_unused(program.graph_module)
         return PassResult(program, count > 0, count, tuple(no_matches))
 
@@ -82,6 +90,10 @@ class JoinProducts(Pass):
             return NoMatch(f"a {type(weight).__name__} of {weight.dtype} is no plain matrix", nodes[0].name)
         if (reason := can_fuse(flow, nodes)) is not None:
             return reason
+        width = sum(int(found[node][1].shape[1 if base.transposed else 0]) for node in nodes)
+        for node in nodes:
+            if (reason := _needs_its_layout(node, width)) is not None:
+                return reason
         verdict = joined_product_pays(rows(base.x), len(nodes), weight.device.type)
         if not (verdict or self.always):
             return NoMatch(f"{len(nodes)} base products stay apart: {verdict.reason}", nodes[0].name)
@@ -122,3 +134,35 @@ class JoinProducts(Pass):
             replace_meta(part, node, type(self).__name__)
             node.replace_all_uses_with(part)
             graph.erase_node(node)
+
+
+def _needs_its_layout(node: fx.Node, width: int) -> NoMatch | None:
+    """Why a product's result may not be a slice of rows that are `width` wide: something looks at it as at a block.
+
+    What is made of it without a copy is made once more of such a slice, on fake tensors.
+    """
+    seen = value(node)
+    mode = getattr(seen, "fake_mode", None)
+    if seen is None or mode is None:
+        return NoMatch("nothing is recorded of its result", node.name)
+    with mode:
+        waiting: list[tuple[fx.Node, Any]] = [(node, seen.new_empty((*seen.shape[:-1], width))[..., : seen.shape[-1]])]
+        while waiting:
+            part, fake = waiting.pop()
+            for user in part.users:
+                if user.op == "output" or part not in effect(user).shares:
+                    continue
+                reason = NoMatch(f"{user.name} needs {node.name} in a block of its own", node.name)
+                if user.op != "call_function" or effect(user).fixed or "as_strided" in str(user.target):
+                    return reason
+                try:
+                    waiting.append((user, _called(user, {part: fake})))
+                except RuntimeError:
+                    return reason
+    return None
+
+
+def _called(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The result of a node for these values, and what is recorded where none is given."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values.get(n, n.meta.get("val")))
+    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
+from ..rewriter.effects import value
 from ..rewriter.graft import add_delta
+from ..rewriter.memory import Memory
 from ..rewriter.sites import NoMatch
 
 aten = torch.ops.aten
@@ -64,17 +66,50 @@ def summed(node: fx.Node) -> tuple[Product, fx.Node] | NoMatch:
     return found, delta
 
 
-def value(node: object) -> Tensor | None:
-    """What a compiler recorded of a node's result: its shape, dtype and device."""
-    if not isinstance(node, fx.Node):
-        return None
-    found = node.meta.get("example_value", node.meta.get("val"))
-    if found is None and node.op == "get_attr":
-        owner: object = node.graph.owning_module
-        for part in str(node.target).split("."):
-            owner = getattr(owner, part)
-        found = owner
-    return found if isinstance(found, Tensor) else None
+def one_product(
+    memory: Memory, node: fx.Node, base: Product, delta: fx.Node, x: fx.Node, arguments: tuple[Any, ...]
+) -> NoMatch | None:
+    """Why the sum of a product and a delta may not become one operation where the sum stands; None where it may.
+
+    Args:
+        x: what the delta reads; arguments: its other tensors, factors of the weight's delta.
+    """
+    read = (base.x, base.weight, base.bias, x, *arguments)
+    # whatever stands between the two products and the sum must leave their operands as they are
+    if (reason := memory.changed(read, min(base.node, delta), node)) is not None:
+        return reason
+    if not memory.private(base.node):
+        return NoMatch(f"{base.node.name} is not new memory", node.name)
+    seen = {"sum": value(node), "delta": value(delta), "product": value(base.node), "input": value(base.x)}
+    seen |= {"weight": value(base.weight), "bias": value(base.bias)}
+    known = {name: tensor.dtype for name, tensor in seen.items() if tensor is not None}
+    if len(set(known.values())) > 1:
+        text = ", ".join(f"{name} {dtype}" for name, dtype in known.items())
+        return NoMatch(f"the numbers are rounded on the way (autocast, or casts): {text}", node.name)
+    if seen["product"] is None and (autocast() or memory.modes() is not None):
+        return NoMatch("nothing is recorded of the product, and autocast may round it", node.name)
+    if seen["sum"] is not None and seen["product"] is not None and seen["sum"].shape != seen["product"].shape:
+        return NoMatch("the delta has other dimensions than the product", node.name)
+    return coarse(x, arguments, node)
+
+
+def coarse(x: fx.Node, arguments: tuple[Any, ...], node: fx.Node) -> NoMatch | None:
+    """Whether an adapter's tensors are coarser than its input: factors made of them would round what the operator,
+    which casts them first, does not."""
+    given = value(x)
+    wide = given is not None and given.dtype.is_floating_point
+    for argument in arguments:
+        tensor = value(argument)
+        if tensor is None or not wide or not tensor.dtype.is_floating_point:
+            continue
+        if tensor.dtype.itemsize < given.dtype.itemsize:  # type: ignore[union-attr]
+            return NoMatch(f"{tensor.dtype} factors would be rounded before {given.dtype} sees them", node.name)  # type: ignore[union-attr]
+    return None
+
+
+def autocast() -> bool:
+    """Whether the graph at hand was traced, and will run, inside of `torch.autocast`."""
+    return any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 def rows(node: fx.Node) -> int | torch.SymInt | None:

@@ -5,7 +5,8 @@
 
 The vector is scaled once, and its gradient is one sum over the projection instead of one scatter per gather. Rotated
 chunks and other factors that the same module reads at several calls are shared by `Cleanup`, which drops duplicates.
-Does not handle an operator that has registered nothing to share, or that stands in the graph once.
+Does not handle an operator that has registered nothing to share, that stands in the graph once, or between whose
+nodes something writes the shared tensors or switches a mode (autocast, gradients).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 from torch import fx
 
 from ..rewriter.dialect import common, is_dialect
+from ..rewriter.memory import Memory, together
 from ..rewriter.passbase import Pass, PassResult, Program, replace_meta
 from ..rewriter.sites import NoMatch
+from .siblings import bring, late
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,15 @@ class Share(Pass):
                 no_matches.append(NoMatch("keyword arguments", node.name))
             else:
                 groups[tuple(node.args[1 : 1 + how.shared]) + (node.target,)].append(node)
-        count = 0
-        for (*shared, target), nodes in groups.items():
+        count, memory = 0, Memory(program.graph)
+        if memory.transform is not None:
+            return PassResult(program, False, 0, (NoMatch("its function has no rule for vmap", memory.transform.name),))
+
+        def apart(run: list[fx.Node], node: fx.Node) -> NoMatch | None:
+            return late(node.args[1:], run[0]) or memory.changed(node.args[1:], run[0], node)
+
+        runs = [(shared, target, run) for (*shared, target), group in groups.items() for run in together(group, apart)]
+        for shared, target, nodes in runs:
             if len(nodes) == 1:
                 no_matches.append(NoMatch("no other node reads the same tensors", nodes[0].name))
                 continue
@@ -51,10 +61,8 @@ class Share(Pass):
     def _share(self, graph: fx.Graph, how: Any, shared: list[Any], nodes: list[fx.Node]) -> None:
         own = [node.args[1 + how.shared :] for node in nodes]
         arguments = [argument for arguments in own for argument in arguments]
-        read = {a for a in (*shared, *arguments) if isinstance(a, fx.Node)}
         at = nodes[0]
-        for late in [n for n in graph.nodes if n in read and at < n]:
-            at.prepend(late)  # a constant, read further down
+        bring(at, (*shared, *arguments))
         with graph.inserting_before(at):
             made = graph.call_function(how.function, (*shared, arguments))
         place = 0

@@ -3,12 +3,14 @@
     op(x, *a), op'(x, *b)   ->   z = go_down(x, [down(*a), down'(*b)]); up(z[0], *a), up'(z[1], *b)
 
 `x` is read once instead of once per adapter. The A of HydraLoRA and its router go along. Does not handle operators
-without halves (GLoRA), inputs that dropout changes for one of them, or nodes of which one depends on another.
+without halves (GLoRA), inputs that dropout changes for one of them, nodes of which one depends on another, or nodes
+between which something writes what they read or a mode (autocast, gradients) changes.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +20,22 @@ from torch import Tensor, fx
 
 from ..rewriter.dataflow import can_fuse, dependencies, siblings
 from ..rewriter.dialect import cast, is_dialect
+from ..rewriter.effects import register_effect
 from ..rewriter.halves import split
+from ..rewriter.memory import Memory, together
 from ..rewriter.passbase import Pass, PassResult, Program, replace_meta
 from ..rewriter.sites import NoMatch
 from .cost import joined_down_pays
-from .products import least_dimension, rows, value
+from .products import coarse, least_dimension, rows, value
 
 
 def go_down(x: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
     """`x F^T` for every factor `(q, in)`, as one product: x `(..., in)` -> `(..., q)` each."""
-    together = F.linear(x, cast(torch.cat(factors), x))
-    return together.split([factor.shape[0] for factor in factors], -1)
+    joined = F.linear(x, cast(torch.cat(factors), x))
+    return joined.split([factor.shape[0] for factor in factors], -1)
+
+
+register_effect(go_down, fresh=True)
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,31 @@ class Siblings(Pass):
                 parts = split(node)
                 if isinstance(parts, NoMatch):
                     no_matches.append(parts)
+                elif (reason := coarse(parts[1], parts[2], node)) is not None:
+                    no_matches.append(reason)
                 else:
                     found[node] = parts
         count = 0
         flow = dependencies(graph)
-        for nodes in siblings(graph, lambda node: found[node][1] if node in found else None):
+        memory = Memory(graph)
+
+        def apart(run: list[fx.Node], node: fx.Node) -> NoMatch | None:
+            _, x, arguments = found[node]
+            return late(arguments, run[0]) or memory.changed((x, *arguments), run[0], node)
+
+        runs = [
+            run
+            for group in siblings(graph, lambda node: found[node][1] if node in found else None)
+            for run in together(group, apart)
+        ]
+        for nodes in runs:
+            if len(nodes) == 1:
+                continue
             reason = can_fuse(flow, nodes) or self._refused(program, nodes, found)
             if reason is not None:
                 no_matches.append(reason)
                 continue
-            self._join(graph, nodes, found)
+            self._join(graph, nodes)
             count += len(nodes)
         return PassResult(program, count > 0, count, tuple(no_matches))
 
@@ -72,11 +94,10 @@ class Siblings(Pass):
         verdict = joined_down_pays(rows(x), inner, ranks, len(nodes), device, program.training)
         return None if verdict else NoMatch(f"{len(nodes)} products stay apart: {verdict.reason}", nodes[0].name)
 
-    def _join(self, graph: fx.Graph, nodes: list[fx.Node], found: dict[fx.Node, Any]) -> None:
+    def _join(self, graph: fx.Graph, nodes: list[fx.Node]) -> None:
         at = nodes[0]
-        read = {a for n in nodes for a in found[n][2] if isinstance(a, fx.Node)}
-        for late in [n for n in graph.nodes if n in read and at < n]:
-            at.prepend(late)
+        found: dict[fx.Node, Any] = {node: split(node) for node in nodes}  # as earlier groups left them
+        bring(at, [a for n in nodes for a in found[n][2]])
         x = found[at][1]
         with graph.inserting_before(at):
             downs = [graph.call_function(found[n][0].down, found[n][2]) for n in nodes]
@@ -90,6 +111,20 @@ class Siblings(Pass):
             new.meta[HALVES] = halves
             node.replace_all_uses_with(new)
             graph.erase_node(node)
+
+
+def late(values: Iterable[Any], at: fx.Node) -> NoMatch | None:
+    """A value that is made behind a node and is no constant, so that it cannot be read there."""
+    for node in values:
+        if isinstance(node, fx.Node) and at < node and node.op != "get_attr":
+            return NoMatch(f"{node.name} is made behind {at.name}", at.name)
+    return None
+
+
+def bring(at: fx.Node, values: Iterable[Any]) -> None:
+    """Put the constants among these values that are read further down in front of a node."""
+    for node in dict.fromkeys(v for v in values if isinstance(v, fx.Node) and at < v):
+        at.prepend(node)
 
 
 HALVES = "fxgraft_halves"  # in the meta of an up half: how the operator it came from splits

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .dialect import cast
+from .effects import register_effect
 from .sites import NoMatch
 
 
@@ -60,7 +61,11 @@ def register_halves(
         product.__name__ = across.__name__.replace("across", "up")
         up = product
     _halves[operator] = Halves(down, across, up, inputs)
-    _pure.update({down, across} - {None})
+    for function in (down, across):
+        if function is not None:
+            _pure.add(function)
+            register_effect(function)
+    register_effect(up, fresh=True)
 
 
 def is_pure(target: object) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .memory import erase_unread
 from .sites import LinearNode, NoMatch, find_linears
 from .skeleton import copy_skeleton
 from .state import STATE, Container
@@ -88,6 +89,7 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
     parameters = dict(result.named_parameters(remove_duplicate=False))
     found = find_linears(result.graph, parameters)
     outlined: dict[fx.Node, fx.Node] = {}
+    orphans: list[fx.Node] = []
     for linears in found.values():
         if isinstance(linears, NoMatch):
             continue
@@ -112,10 +114,11 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
                 call = result.graph.call_module(path, (outlined.get(linear.x, linear.x),))
             call.meta.update(linear.node.meta)
             linear.node.replace_all_uses_with(call)
+            orphans += linear.node.all_input_nodes
             result.graph.erase_node(linear.node)
             outlined[linear.node] = call
     if outlined:
-        result.graph.eliminate_dead_code()  # the reads of the outlined weights
+        erase_unread(result.graph, orphans)  # the reads of the outlined weights
         result.graph.lint()
     adaptable = AdaptableGraphModule(result, result.graph)
     adaptable.train(gm.training)

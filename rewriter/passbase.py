@@ -123,10 +123,3 @@ def replace_meta(new: fx.Node, old: fx.Node, made_by: str, reason: str = "") -> 
     """Give a node that stands for another one its metadata and say which pass made it, and why."""
     new.meta.update({k: v for k, v in old.meta.items() if k not in new.meta})
     new.meta[PROVENANCE] = Provenance(made_by, "", "", reason)
-
-
-def dead_code(gm: fx.GraphModule) -> int:
-    """Remove nodes nobody reads; how many."""
-    before = len(gm.graph.nodes)
-    gm.graph.eliminate_dead_code()
-    return before - len(gm.graph.nodes)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import perturb
 from torch import fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import fxgraft as fg
 from fxgraft.passes.cleanup import Cleanup
@@ -23,8 +24,9 @@ def targets(p):
     return [n.target for n in p.graph.nodes if n.op == "call_function"]
 
 
-def in_place_sums(p):
-    """Tracing turns `y += d` into `y + d`: make it what a grafted graph has."""
+def in_place_sums(p, *inputs):
+    """Tracing turns `y += d` into `y + d`: make it what a grafted graph has, with what a compiler records of it."""
+    FakeTensorProp(p.graph_module).propagate(*inputs)
     for node in p.graph.nodes:
         if node.target is operator.add:
             node.target = operator.iadd
@@ -38,7 +40,8 @@ def test_cleanup_rewrites_each_thing_it_says():
         unused = torch.relu(y)  # noqa: F841
         return F.dropout(F.dropout(F.dropout(y, 0.5, training=False), 0.0), 0.5, training=True)
 
-    result = Cleanup()(in_place_sums(program(f)))
+    inputs = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)
+    result = Cleanup()(in_place_sums(program(f), *inputs))
     assert result.modified and result.count == 4
     assert targets(result.program) == [F.linear, operator.add, F.dropout]
     assert Cleanup()(result.program) == PassResult(result.program, False, 0)
@@ -51,7 +54,8 @@ def test_cleanup_leaves_a_product_that_others_read():
         y = F.linear(x, w)
         return y + d, y
 
-    assert targets(Cleanup()(in_place_sums(program(f))).program) == [F.linear, operator.iadd]
+    inputs = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)
+    assert targets(Cleanup()(in_place_sums(program(f), *inputs)).program) == [F.linear, operator.iadd]
 
 
 def test_cleanup_keeps_the_numbers(bert, ids):

@@ -24,10 +24,12 @@ import torch
 from torch import fx
 
 from ...passes.cost import hint
-from ...passes.products import SUMS, Product, product, value
+from ...passes.products import SUMS, value
 from ...passes.share import Share
 from ...rewriter.dialect import is_dialect
 from ...rewriter.errors import FxgraftError
+from ...rewriter.graft import add_delta
+from ...rewriter.memory import Memory
 from ...rewriter.passbase import Pass, PassResult, Pipeline, Program, replace_meta
 from ...rewriter.sites import NoMatch
 from . import hydralora, lora, prolora, unilora  # noqa: F401  (they register their kernels)
@@ -75,8 +77,10 @@ class Lower(Pass):
                 chosen.append((node, lowering, text))
             else:
                 no_matches.append(NoMatch(f"no kernel: {text}", node.name))
+        memory = Memory(program.graph)
+        sums = {node: _sum_of(node, memory) for node, _, _ in chosen}
         for node, lowering, text in chosen:
-            self._put(program.graph, node, lowering, text)
+            self._put(program.graph, node, sums[node], lowering, text)
         return PassResult(program, bool(chosen), len(chosen), tuple(no_matches))
 
     def _impossible(self, node: fx.Node, lowering: Lowering | None) -> str | None:
@@ -107,8 +111,7 @@ class Lower(Pass):
         verdict = decide(sizes, rows, text, *lowering.forms(sizes, rows), self.graphed)
         return verdict.reason, verdict.pays
 
-    def _put(self, graph: fx.Graph, node: fx.Node, lowering: Lowering, text: str) -> None:
-        total = _sum_of(node)
+    def _put(self, graph: fx.Graph, node: fx.Node, total: fx.Node | None, lowering: Lowering, text: str) -> None:
         at = node if total is None else total
         with graph.inserting_before(at):
             base: Any = None if total is None else total.args[0]
@@ -120,13 +123,13 @@ class Lower(Pass):
             graph.erase_node(node)
 
 
-_IN_PLACE = {operator.iadd, torch.ops.aten.add_.Tensor}
+_IN_PLACE = {operator.iadd, torch.ops.aten.add_.Tensor, add_delta}
 
 
-def _sum_of(delta: fx.Node) -> fx.Node | None:
+def _sum_of(delta: fx.Node, memory: Memory) -> fx.Node | None:
     """The sum `y + delta` that alone reads the delta, where y has the result's shape and dtype.
 
-    A sum in place is one too where y is a product that only it reads; into a view (parts of a fused weight) it stays.
+    A sum in place is one too where y is new memory that only it sees; into a view (parts of a fused weight) it stays.
     """
     if len(delta.users) != 1:
         return None
@@ -136,7 +139,9 @@ def _sum_of(delta: fx.Node) -> fx.Node | None:
     y, other = total.args
     if other is not delta or y is delta or not isinstance(y, fx.Node):
         return None
-    if total.target in _IN_PLACE and (len(y.users) > 1 or not (isinstance(product(y), Product) or y.target in SUMS)):
+    if total.target in _IN_PLACE and not memory.private(y):
+        return None
+    if memory.changed(delta.args, delta, total) is not None:
         return None
     whole, base, part = value(total), value(y), value(delta)
     if whole is None or base is None or part is None:

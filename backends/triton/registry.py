@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ...passes.products import rows, value
+from ...rewriter.effects import register_effect
 from .gates import Form, Sizes
 
 Arguments = tuple[Any, ...]
@@ -69,3 +70,4 @@ shared: dict[Callable[..., Any], Callable[..., Any]] = {}
 def register_shared(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
     """Say what takes the place of a function that `Share` puts into a graph; same arguments, same results."""
     shared[function] = replacement
+    register_effect(replacement, fresh=True)

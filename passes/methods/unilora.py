@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...rewriter.dialect import cast, operator, register_common
+from ...rewriter.effects import register_effect
 from ...rewriter.errors import SpecError
 from ...rewriter.graft import Emitter
 from ...rewriter.halves import register_halves
@@ -103,6 +104,7 @@ def _gathered_b(A: Tensor, B: Tensor) -> Tensor:
 
 register_halves(unilora_factors, _gathered_a, across=_gathered_b)
 register_common(unilora, 2, all_factors, unilora_factors)
+register_effect(all_factors, fresh=True)
 
 
 def gathered_down(theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
