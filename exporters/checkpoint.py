@@ -11,7 +11,8 @@ from torch import nn
 from ..rewriter.errors import CheckpointError, SpecError, listing
 from ..rewriter.state import M
 from .authors import reader_of
-from .folder import CONFIG, WEIGHTS, as_path, check_config_is_theirs, read_folder
+from .fill import check_derived
+from .folder import CONFIG, DERIVED, WEIGHTS, as_path, check_config_is_theirs, read_folder
 from .foreign import graft
 from .native import FORMAT, load_native, save_native
 from .peft import save_peft
@@ -89,7 +90,9 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
         foreign = reader(config, tensors, model, what)
     except SpecError as error:  # a value in the config that the method does not allow
         raise CheckpointError(f"{what}: {error}") from error
-    return graft(model, foreign, name, what)
+    adapted = graft(model, foreign, name, what)
+    check_derived(adapted, name, stored.metadata.get(DERIVED), what)
+    return adapted
 
 
 def adapter_folder(directory: Path, name: str) -> Path:

@@ -31,6 +31,7 @@ from .bounded import Identity, parse_json, read_small, same_file
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: entries of the metadata: the config's text, the hash of the config it replaces (empty: none), that of the tensors
 OURS, BEFORE, CONTENT = "fxgraft.config", "fxgraft.before", "fxgraft.content"
+DERIVED = "fxgraft.derived"  # where the config has no room for it: a hash of what the adapter derives
 #: what an adapter may be stored in; what torch can hold and not compute with (float8, packed bits) is refused
 DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -89,11 +90,16 @@ def content(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes."""
     told = hashlib.sha256()
     for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        told.update(f"{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        if tensor.numel():
-            told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        update_hash(told, key, tensors[key])
     return told.hexdigest()
+
+
+def update_hash(told: Any, key: str, tensor: Tensor) -> None:
+    """Add one tensor to a hash."""
+    tensor = tensor.cpu().contiguous()
+    told.update(f"{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    if tensor.numel():
+        told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _hash_of(config: Path) -> str:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.methods.unilora import UniLoRA
-from ..rewriter.api import adapter_state, check_state, graft_adapter, write_state
-from ..rewriter.errors import AdapterError, CheckpointError, SpecError, TargetError, listing, near_misses
+from ..rewriter.errors import CheckpointError, listing, near_misses
 from ..rewriter.method import Method
+from ..rewriter.plan import Plan
 from ..rewriter.spec import Spec
-from ..rewriter.state import M, base_modules, record_of, unwrap
+from ..rewriter.state import M, base_modules, unwrap
 from ..rewriter.targets import matches
+from .fill import filled
 
 PREFIX = "base_model.model."  # of every key in a folder that PEFT, or a program built on it, wrote
 _NEEDED = object()
@@ -129,39 +130,24 @@ def spec_of(foreign: Foreign, model: nn.Module) -> Spec:
 def graft(model: M, foreign: Foreign, name: str, what: str) -> M:
     """Graft an adapter of another program; the input model is not changed.
 
-    Values are cast to the dtype an adapter has on this model, which is float32 or wider, as PEFT does; those of trained
-    modules to the module's own.
-
     Raises:
         CheckpointError: the model has no such site, or the tensors are not what the methods need there.
     """
     if not foreign.methods:
         raise CheckpointError(f"{what} has no adapter tensors at all")
     order = in_model_order(foreign.methods, model)
-    try:
-        adapted = graft_adapter(model, spec_of(foreign, model), name, initialise=False, order=order)
-    except (TargetError, SpecError) as error:
-        raise CheckpointError(f"{what} does not fit this {type(model).__name__}: {error}") from error
-    here = [site.name for site in record_of(adapted, name).sites]
-    if missing := [site for site in order if site not in here]:
-        close = near_misses(missing[0], [n for n, _ in base_modules(unwrap(model))], 2)
-        raise CheckpointError(
-            f"{what} was made for another model than this {type(model).__name__}, which has no linear layer "
-            f"{listing(missing)}" + (f"; close are {listing(close)}" if close else "")
-        )
-    expected = adapter_state(adapted, name)
-    tensors = {
-        key: tensor.to(expected[key].dtype) if key in expected and tensor.is_floating_point() else tensor
-        for key, tensor in foreign.tensors.items()
-    }
-    if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
-        raise CheckpointError(f"{what} has NaN or infinite values in {listing(bad)}")
-    try:
-        check_state(expected, tensors, what)
-    except AdapterError as error:
-        raise CheckpointError(f"{error}. The adapter is of another model, or its config of another adapter") from error
-    write_state(adapted, name, tensors)
-    return adapted
+
+    def fits(plan: Plan) -> None:
+        here = {site.name for site in plan.sites}
+        if missing := [site for site in order if site not in here]:
+            close = near_misses(missing[0], [n for n, _ in base_modules(unwrap(model))], 2)
+            raise CheckpointError(
+                f"{what} was made for another model than this {type(model).__name__}, which has no linear layer "
+                f"{listing(missing)}" + (f"; close are {listing(close)}" if close else "")
+            )
+
+    hint = "The adapter is of another model, or its config of another adapter"
+    return filled(model, spec_of(foreign, model), name, foreign.tensors, what, order=order, fits=fits, hint=hint)
 
 
 def stored_unilora(
@@ -174,6 +160,10 @@ def stored_unilora(
         theta: `(d,)`.
         indices: site -> those of A `(r, in)` and of B `(out, r)`, whole numbers below d.
     """
+    if tuple(theta.shape) != (method.vector_length,):
+        raise CheckpointError(
+            f"{what}: 'theta' is {tuple(theta.shape)}, the model's is {(method.vector_length,)} by its config"
+        )
     tensors = {"theta": theta}
     for site, pair in indices.items():
         # the operator reads B transposed

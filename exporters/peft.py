@@ -23,7 +23,8 @@ from ..rewriter.errors import CheckpointError, listing
 from ..rewriter.method import Method
 from ..rewriter.sites import Site
 from ..rewriter.state import AdapterRecord, AdapterTensors, base_modules, grafted_modules, lookup, record_of, unwrap
-from .folder import write_folder
+from .fill import derived_hash
+from .folder import DERIVED, write_folder
 from .foreign import PREFIX, exactly
 from .peft_names import is_conv1d, is_linear, saved_names, target_names
 
@@ -69,7 +70,8 @@ def save_peft(
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
         raise CheckpointError(f"adapter {name!r} has NaN or infinite values in {listing(bad)}; nothing was written")
-    write_folder(directory, config, tensors)
+    derived = derived_hash(root, name)
+    write_folder(directory, config, tensors, {DERIVED: derived} if derived is not None else None)
     return Path(directory)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,8 @@ from .errors import AdapterError, listing, near_misses
 from .fastpath import set_fast_paths
 from .graft import ADAPTERS, activate, add_adapter, check_forward, drop_adapter, plain_view, restore_class, site_tensors
 from .inputs import release_inputs, take_inputs
-from .method import Decl, InitContext, Method
+from .method import Decl, Declaration, InitContext, Method
+from .plan import Plan, Shape, declare, plan
 from .saving import release_saving, take_over_saving
 from .sites import Site
 from .skeleton import copy_skeleton
@@ -29,6 +31,7 @@ from .state import (
     Group,
     M,
     ModelState,
+    base_modules,
     base_parameters,
     find_state,
     forget_lost,
@@ -86,6 +89,7 @@ def graft_adapter(
     update: Any = None,
     initialise: bool = True,
     order: Sequence[str] = (),
+    check: Callable[[Plan], None] | None = None,
 ) -> M:
     """`rewrite` for modules.
 
@@ -94,6 +98,7 @@ def graft_adapter(
         order: names of sites in the order they count in, where that is not the order of the model's modules: an
             exported module may list its submodules otherwise, and methods with one projection for all sites
             (Uni-LoRA) hand it out in order.
+        check: is shown what will be made before any of it is, and may raise.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise AdapterError(f"rewrite(dtype={dtype}): adapter tensors are of a floating type")
@@ -104,14 +109,17 @@ def graft_adapter(
         source = outline_linears(source)  # type: ignore[assignment]
     check_name(source, name)
     resolution = resolve(source, spec)
+    groups = _group(resolution, order)
+    declared = declare(groups)
+    if check is not None:
+        check(plan(groups, declared, resolution.train, dict(base_modules(source))))
     adapted = copy_skeleton(source)
     state = adapted.__dict__.setdefault(STATE, ModelState())
     if not state.adapters:
         state.trained = frozenset(n for n, p in base_parameters(source) if p.requires_grad)
     modules = grafted_modules(adapted)
-    groups = _group(resolution, order)
-    for index, group in enumerate(groups):
-        _create(adapted, modules, group, index, name, dtype, update, initialise)
+    for index, (group, tensors) in enumerate(zip(groups, declared, strict=True)):
+        _create(adapted, modules, group, tensors, index, name, dtype, update, initialise)
     for path in resolution.train:
         add_adapter(modules[path], name, _trainable_copy(modules[path], name))
     state.adapters[name] = AdapterRecord(spec, groups, resolution.train)
@@ -148,6 +156,7 @@ def _create(
     adapted: nn.Module,
     modules: Mapping[str, nn.Module],
     group: Group,
+    declared: Declaration,
     index: int,
     name: str,
     dtype: torch.dtype | None,
@@ -155,7 +164,6 @@ def _create(
     initialise: bool,
 ) -> None:
     """Make, register, derive and initialise the tensors of one group."""
-    declared = group.method.declare(group.sites)
     first = group.sites[0]
     shared = None
     if declared.shared:
@@ -327,8 +335,8 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
     return AdapterState(tensors, methods_of(record_of(root, name)))
 
 
-def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """Raise `AdapterError` unless `given` has exactly the names, shapes and dtypes of `expected`, all finite."""
+def check_shapes(expected: Mapping[str, Shape], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise `AdapterError` unless `given` has dense tensors of exactly these names and shapes."""
     if missing := [k for k in expected if k not in given]:
         raise AdapterError(f"{what} lacks {len(missing)} tensor(s): {listing(missing)}")
     if unknown := [k for k in given if k not in expected]:
@@ -338,14 +346,20 @@ def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
             + (f"; close are {listing(close)}" if close else "")
         )
     for key, tensor in given.items():
-        slot = expected[key]
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
             kind = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise AdapterError(f"{what}: {key!r} is {kind}, not a dense tensor with values")
-        if 0 in (tensor.numel(), slot.numel()):
+        if 0 in (tensor.numel(), math.prod(expected[key])):
             raise AdapterError(f"{what}: {key!r} is of size 0 there or here: a shard (ZeRO-3)? Gather it first")
-        if tuple(tensor.shape) != tuple(slot.shape):
-            raise AdapterError(f"{what}: {key!r} is {tuple(tensor.shape)}, the model's is {tuple(slot.shape)}")
+        if tuple(tensor.shape) != tuple(expected[key]):
+            raise AdapterError(f"{what}: {key!r} is {tuple(tensor.shape)}, the model's is {tuple(expected[key])}")
+
+
+def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise `AdapterError` unless `given` has exactly the names, shapes and dtypes of `expected`, all finite."""
+    check_shapes({key: tuple(slot.shape) for key, slot in expected.items()}, given, what)
+    for key, tensor in given.items():
+        slot = expected[key]
         if tensor.dtype != slot.dtype:
             raise AdapterError(
                 f"{what}: {key!r} is {tensor.dtype}, the model's is {slot.dtype}; cast it first "
