@@ -1,12 +1,14 @@
 """Adapters in the formats of the methods' own authors: HydraLoRA, PRoLoRA, LoRA-SB, LoRA-XS, GLoRA, Uni-LoRA.
 
-Each is known by keys that no other format has. The first three are forks of PEFT and carry its prefix and its config;
-the last two write the model's own names. `reader_of` tells them apart, a reader translates or raises.
+Each is known by keys that no other format has. The first four are forks of PEFT and carry its prefix and its config,
+GLoRA's and Uni-LoRA's first code write the model's own names. `reader_of` tells them apart, a reader translates or
+raises. Uni-LoRA's two are in `authors_unilora.py`.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,21 +18,35 @@ from torch import Tensor, nn
 from ..passes.methods.glora import GLoRA
 from ..passes.methods.glora_path import CHOICES, GLoRAPath
 from ..passes.methods.hydralora import HydraLoRA
+from ..passes.methods.lora import LoRA
 from ..passes.methods.lora_xs import LoRAXS
-from ..passes.methods.prolora import PRoLoRA
-from ..passes.methods.unilora import UniLoRA
+from ..passes.methods.prolora import PRoLoRA, expand
 from ..rewriter.errors import CheckpointError, listing
 from ..rewriter.state import base_modules
-from .foreign import Foreign, all_there, by_site, in_model_order, none_left, only_keys, stored_unilora, value
-from .peft_load import LORA_FIELDS, lora_at
-from .peft_names import check_config, told_names, trained_tensors
+from .authors_unilora import UNILORA_BANK, read_unilora, read_unilora_fork
+from .foreign import Foreign, all_there, by_site, in_model_order, none_left, only_keys, value
+from .peft_load import LORA_FIELDS, check_layers, lora_at
+from .peft_names import check_config, is_conv1d, is_linear, trained_tensors
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
 Reader = Callable[[Config, Tensors, nn.Module, str], Foreign]
 
 _FORK = r"base_model\.model\.(?P<site>.+)\."
-_LATENT = "default_lora_latent_mapping"
+_LATENT = "lora_latent_mapping"
+# init2zero_via_vec and enable_lora_bias are not among them: only without them are the tensors what they are here
+_PROLORA = frozenset(
+    {
+        *("unshared_r", "reduce_lora_A_x", "reduce_lora_B_x", "enable_lora_rotation", "enable_lora_vec"),
+        *("lora_A_shift_size", "lora_B_shift_size"),
+    }
+)
+_PROLORA_NAMES = {
+    "lora_A.weight": "A_shared",
+    "lora_B.weight": "B_shared",
+    "lora_A_vec": "A_unshared",
+    "lora_B_vec": "B_unshared",
+}
 
 
 def reader_of(config: Config, tensors: Tensors) -> Reader | None:
@@ -41,20 +57,13 @@ def reader_of(config: Config, tensors: Tensors) -> Reader | None:
         return read_latent
     if any(".lora_A_vec" in key for key in tensors) or {"reduce_lora_A_x", "unshared_r"} & set(config):
         return read_prolora
-    if config.get("method") == "unilora" or "vector_bank" in tensors:
+    if any(".unilora_logits_" in key for key in tensors) or UNILORA_BANK in tensors:
+        return read_unilora_fork
+    if config.get("method") == "unilora" or any(key.split(".")[-1] == "vector_bank" for key in tensors):
         return read_unilora
     if config.get("method") == "glora":
         return read_glora
     return None
-
-
-def _check_layers(config: Config, sites: Mapping[str, Any], model: nn.Module, what: str) -> None:
-    """Raise if a layer that the config targets has no tensors. Older forks match names more loosely than PEFT does
-    now, so a layer with tensors need not be among those we find."""
-    if not sites:
-        raise CheckpointError(f"{what} has no adapter tensors at all")
-    if missing := [name for name in told_names(config, model, what) or () if name not in sites]:
-        raise CheckpointError(f"{what} lacks the tensors of {len(missing)} layer(s) it targets: {listing(missing)}")
 
 
 # -- forks of PEFT -----------------------------------------------------------------------------------------------
@@ -77,7 +86,7 @@ def read_hydralora(config: Config, tensors: Tensors, model: nn.Module, what: str
     sites, rest = by_site(tensors, _FORK + rf"(?P<name>{'|'.join(names)})\.weight")
     train, values = trained_tensors(config, model, rest, what)
     all_there(sites, names, what)
-    _check_layers(config, sites, model, what)
+    check_layers(config, sites, model, what)
     for site, given in sites.items():
         blocks = [given[f"lora_B{i}"] for i in range(experts)]
         if odd := [f"lora_B{i} {tuple(b.shape)}" for i, b in enumerate(blocks) if b.shape != blocks[0].shape]:
@@ -88,16 +97,22 @@ def read_hydralora(config: Config, tensors: Tensors, model: nn.Module, what: str
 
 
 def read_latent(config: Config, tensors: Tensors, model: nn.Module, what: str) -> Foreign:
-    """LoRA-XS and LoRA-SB: PEFT's LoRA plus `default_lora_latent_mapping.weight (r, r)` between A and B.
+    """LoRA-XS and LoRA-SB: PEFT's LoRA plus `<adapter>_lora_latent_mapping.weight (r, r)` between A and B.
 
     Both open as `LoRAXS`, which differs from LoRA-SB in its initialisation only; its alpha says the stored scale.
     """
     check_config(config, LORA_FIELDS, what)
-    names = ("lora_A", "lora_B", _LATENT)
-    sites, rest = by_site(tensors, _FORK + rf"(?P<name>{'|'.join(names)})\.weight")
+    sites, rest = by_site(tensors, _FORK + r"(?P<name>lora_[AB])\.weight")
+    middle, rest = by_site(rest, rf"base_model\.model\.(?P<site>.+)_(?P<name>{_LATENT})\.weight")
+    for full, given in middle.items():
+        # PEFT drops `.<adapter>` from its keys wherever it stands, and here that is half of a name
+        site = full if full in sites else full.rpartition(".")[0]
+        if site not in sites or _LATENT in sites[site]:
+            raise CheckpointError(f"{what}: '{full}_{_LATENT}' belongs to no layer with a lora_A and a lora_B")
+        sites[site] |= given
     train, values = trained_tensors(config, model, rest, what)
-    all_there(sites, names, what)
-    _check_layers(config, sites, model, what)
+    all_there(sites, ("lora_A", "lora_B", _LATENT), what)
+    check_layers(config, sites, model, what)
     methods = {}
     for site in in_model_order(sites, model):
         lora, given = lora_at(config, site, what), sites[site]
@@ -108,61 +123,82 @@ def read_latent(config: Config, tensors: Tensors, model: nn.Module, what: str) -
 
 
 def read_prolora(config: Config, tensors: Tensors, model: nn.Module, what: str) -> Foreign:
-    """`lora_A.default.weight (q, ceil(in/m))`, `lora_B.default.weight (ceil(out/n), q)` and, where `u > 0`,
-    `lora_A_vec.default (u, in)`, `lora_B_vec.default (u, out)`."""
-    check_config(config, {"r", "lora_alpha", "lora_dropout", "unshared_r", "reduce_lora_A_x", "reduce_lora_B_x"}, what)
+    """`lora_A.weight (q, ceil(in/m))`, `lora_B.weight (ceil(out/n), q)` and, where `u > 0`, `lora_A_vec (u, in)`,
+    `lora_B_vec (u, out)`.
+
+    Without rotation, or with steps that are not the method's own, it opens as the LoRA that is the same function.
+    """
+    check_config(config, LORA_FIELDS - {"use_rslora", "rank_pattern", "alpha_pattern"} | _PROLORA, what)
     method = PRoLoRA(
         rank=value(config, "r", int, what),
-        unshared=value(config, "unshared_r", int, what),
+        unshared=value(config, "unshared_r", int, what, 0),
         a_chunks=value(config, "reduce_lora_A_x", int, what),
         b_chunks=value(config, "reduce_lora_B_x", int, what),
         alpha=value(config, "lora_alpha", float, what),
         dropout=value(config, "lora_dropout", float, what, 0.0),
     )
-    ours = {
-        "lora_A.default.weight": "A_shared",
-        "lora_B.default.weight": "B_shared",
-        "lora_A_vec.default": "A_unshared",
-        "lora_B_vec.default": "B_unshared",
-    }
-    absent = {name for name in ours if not (method.unshared if "_vec" in name else method.shared)}
-    sites, rest = by_site(tensors, _FORK + rf"(?P<name>{'|'.join(map(re.escape, ours))})")
+    if method.unshared and not value(config, "enable_lora_vec", bool, what, True):
+        raise CheckpointError(f"{what}: enable_lora_vec=False and unshared_r={method.unshared} contradict each other")
+    absent = {name for name in _PROLORA_NAMES if not (method.unshared if "_vec" in name else method.shared)}
+    sites, rest = by_site(tensors, _FORK + rf"(?P<name>{'|'.join(map(re.escape, _PROLORA_NAMES))})")
     train, values = trained_tensors(config, model, rest, what)
-    all_there(sites, [name for name in ours if name not in absent], what)
-    _check_layers(config, sites, model, what)
+    all_there(sites, [name for name in _PROLORA_NAMES if name not in absent], what)
+    check_layers(config, sites, model, what)
+    steps = _steps(config, method, what)
+    order = in_model_order(sites, model)
     for site, given in sites.items():
-        for name, tensor in given.items():
-            if name in absent:  # of rank 0: stored without elements, or not at all
-                if tensor.numel():
-                    raise CheckpointError(f"{what}: '{site}.{name}' has values, and unshared_r leaves it no rank")
-            else:
-                values[f"{site}.{ours[name]}"] = tensor.t() if name == "lora_B_vec.default" else tensor
-    return Foreign(dict.fromkeys(in_model_order(sites, model), method), values, train)
+        for name in absent & set(given):  # of rank 0: stored without elements, or not at all
+            if given[name].numel():
+                raise CheckpointError(f"{what}: '{site}.{name}' has values, and unshared_r leaves it no rank")
+        ours = {_PROLORA_NAMES[name]: tensor for name, tensor in given.items() if name not in absent}
+        if "B_unshared" in ours:
+            ours["B_unshared"] = ours["B_unshared"].t()
+        if steps is not None:
+            ours = _expanded(ours, method, steps, site, model, what)
+        values |= {f"{site}.{name}": tensor for name, tensor in ours.items()}
+    if steps is None:
+        return Foreign(dict.fromkeys(order, method), values, train)
+    warnings.warn(
+        f"{what}: its chunks are not rotated as PRoLoRA's are; it opens as a LoRA of the same function", stacklevel=4
+    )
+    return Foreign(dict.fromkeys(order, LoRA(method.rank, method.alpha, method.dropout)), values, train)
+
+
+def _steps(config: Config, method: PRoLoRA, what: str) -> tuple[int, int] | None:
+    """By how many ranks A's and B's copies are rotated, one against the next; None where that is PRoLoRA's own."""
+    own = tuple(max(method.shared // chunks, 1) for chunks in (method.a_chunks, method.b_chunks))
+    if value(config, "enable_lora_rotation", bool, what, True):
+        keys = ("lora_A_shift_size", "lora_B_shift_size")
+        steps = tuple(value(config, key, int, what, step) for key, step in zip(keys, own, strict=True))
+    else:
+        steps = (0, 0)
+    same = all((a - b) % max(method.shared, 1) == 0 for a, b in zip(steps, own, strict=True))
+    return None if same else (steps[0], steps[1])
+
+
+def _expanded(
+    given: Mapping[str, Tensor], method: PRoLoRA, steps: tuple[int, int], site: str, model: nn.Module, what: str
+) -> dict[str, Tensor]:
+    """The factors in full, `A (r, in)` and `B (out, r)`, rotated by these steps instead of the method's own."""
+    layer = dict(base_modules(model)).get(site)
+    if layer is None or not is_linear(layer):
+        raise CheckpointError(f"{what} was made for another model: this {type(model).__name__} has no layer {site!r}")
+    weight: Any = layer.weight
+    long = tuple(weight.shape if is_conv1d(layer) else weight.shape[::-1])
+    q, factors = method.shared, []
+    kinds = (("A", method.a_chunks, given["A_shared"]), ("B", method.b_chunks, given["B_shared"].t()))
+    for (letter, chunks, chunk), length, step in zip(kinds, long, steps, strict=True):
+        if tuple(chunk.shape) != (q, -(-length // chunks)):
+            raise CheckpointError(f"{what}: chunk {letter} of {site!r} is {tuple(chunk.shape)}, long side {length}")
+        rows = (torch.arange(q)[:, None] + step * torch.arange(chunks)) % q
+        factors.append(expand(chunk, rows, length))
+    A, B = factors[0], factors[1].t()
+    if method.unshared:
+        A, B = torch.cat([A, given["A_unshared"].to(A.dtype)]), torch.cat([B, given["B_unshared"].to(B.dtype)], 1)
+    return {"A": A, "B": B}
 
 
 # -- the model's own names ----------------------------------------------------------------------------------------
-def read_unilora(config: Config, tensors: Tensors, model: nn.Module, what: str) -> Foreign:
-    """Uni-LoRA's first code: `vector_bank (d,)` and the indices `<site>.project_params_A (in, r)`,
-    `.project_params_B (r, out)`. Norms are counted from these indices over the whole model."""
-    only_keys(config, {"method", "rank", "vector_length"}, what)
-    method = UniLoRA(rank=value(config, "rank", int, what), vector_length=value(config, "vector_length", int, what))
-    rest = dict(tensors)
-    theta = rest.pop("vector_bank", None)
-    names = ("project_params_A", "project_params_B")
-    sites, rest = by_site(rest, r"(?P<site>.+)\.(?P<name>project_params_[AB])")
-    none_left(rest, what)
-    if theta is None or not sites:
-        raise CheckpointError(f"{what} lacks {'vector_bank' if theta is None else 'every project_params tensor'}")
-    all_there(sites, names, what)
-    for site, given in sites.items():
-        if given[names[0]].dim() != 2 or given[names[1]].dim() != 2:
-            raise CheckpointError(f"{what}: the indices of {site!r} are not matrices")
-    order = in_model_order(sites, model)
-    indices = {site: (sites[site][names[0]].t(), sites[site][names[1]].t()) for site in order}
-    stored, values = stored_unilora(method, theta, indices, what)
-    return Foreign(dict.fromkeys(order, stored), values)
-
-
 def read_glora(config: Config, tensors: Tensors, model: nn.Module, what: str) -> Foreign:
     """`<site>.Ad, .Au, .Bd, .Bu, .Cd, .Cu, .D, .E` of the supernet, and the path of each site in the config.
 

@@ -14,6 +14,7 @@ from .authors import reader_of
 from .fill import check_derived
 from .folder import CONFIG, DERIVED, WEIGHTS, as_path, check_config_is_theirs, read_folder
 from .foreign import graft
+from .foreign_keys import plain_keys
 from .native import FORMAT, load_native, save_native
 from .peft import save_peft
 from .peft_load import read_peft
@@ -58,8 +59,8 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
 
     Opens fxgraft's own folders, HF PEFT's (LoRA, Uni-LoRA, GLoRA), and those of the authors' code of HydraLoRA,
     PRoLoRA, LoRA-XS, LoRA-SB, GLoRA and Uni-LoRA, told apart by their keys. Every tensor and every config entry is
-    used or refused; none is ignored. Of a folder with an adapter in each of its folders (`save_pretrained`, a
-    Trainer's checkpoint) it opens the only one, or the one called `name`.
+    used or refused; one is ignored only where it cannot change what the model computes. Of a folder with an adapter in
+    each of its folders (`save_pretrained`, a Trainer's checkpoint) it opens the only one, or the one called `name`.
 
     Raises:
         CheckpointError: the folder is not an adapter, is damaged, says something that is not supported, or does not
@@ -79,6 +80,8 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
         return load_native(model, stored, name, what)
     if not stored.weights and ("method" in config or "peft_type" in config):
         raise CheckpointError(f"{what}: {WEIGHTS} is missing")
+    if "peft_type" in config:
+        tensors = plain_keys(tensors, what)
     reader = reader_of(config, tensors) or (read_peft if "peft_type" in config else None)
     if reader is None:
         raise CheckpointError(

@@ -26,7 +26,6 @@ from ..rewriter.state import M, base_modules, unwrap
 from ..rewriter.targets import matches
 from .fill import filled
 
-PREFIX = "base_model.model."  # of every key in a folder that PEFT, or a program built on it, wrote
 _NEEDED = object()
 
 

@@ -25,7 +25,8 @@ from ..rewriter.sites import Site
 from ..rewriter.state import AdapterRecord, AdapterTensors, base_modules, grafted_modules, lookup, record_of, unwrap
 from .fill import derived_hash
 from .folder import DERIVED, write_folder
-from .foreign import PREFIX, exactly
+from .foreign import exactly
+from .foreign_keys import PREFIX
 from .peft_names import is_conv1d, is_linear, saved_names, target_names
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]

@@ -6,6 +6,7 @@ Uni-LoRA without stored indices leaves nothing but patterns, and then the projec
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from ..passes.methods.unilora import UniLoRA, balanced_indices
 from ..rewriter.errors import CheckpointError, listing
 from ..rewriter.state import base_modules, unwrap
 from .foreign import Foreign, all_there, by_site, in_model_order, stored_unilora, used_counts, value
-from .peft_names import check_config, pattern_value, told_names, trained_tensors
+from .peft_names import attention_outputs, check_config, pattern_value, told_names, trained_tensors
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -51,6 +52,15 @@ def read_lora(config: Config, tensors: Tensors, model: nn.Module, what: str) -> 
     train, values = trained_tensors(config, model, rest, what)
     all_there(sites, ("lora_A", "lora_B"), what)
     same_sites(config, sites, model, what)
+    if inert := [site for site in sites if site in attention_outputs(model)]:
+        if len(inert) == len(sites):
+            raise CheckpointError(f"{what} does nothing: nn.MultiheadAttention never calls {listing(inert)}")
+        warnings.warn(
+            f"{what}: nn.MultiheadAttention never calls {listing(inert)}: in PEFT these factors do nothing, and they "
+            "are left out here",
+            stacklevel=4,
+        )
+        sites = {site: given for site, given in sites.items() if site not in inert}
     methods = {site: lora_at(config, site, what) for site in in_model_order(sites, model)}
     for site, given in sites.items():
         values |= {f"{site}.A": given["lora_A"], f"{site}.B": given["lora_B"]}
@@ -82,6 +92,25 @@ def same_sites(config: Config, sites: Mapping[str, Any], model: nn.Module, what:
         raise CheckpointError(
             f"{what} has tensors for {len(other)} layer(s) that its target_modules={config['target_modules']!r} do not "
             f"name in this {type(model).__name__}: {listing(other)}"
+        )
+
+
+def check_layers(config: Config, sites: Mapping[str, Any], model: nn.Module, what: str) -> None:
+    """`same_sites` for forks: older PEFT matched names more loosely, so a layer with tensors may end in a target as a
+    text."""
+    if not sites:
+        raise CheckpointError(f"{what} has no adapter tensors at all")
+    named = told_names(config, model, what)
+    if named is None:
+        return
+    if missing := [name for name in named if name not in sites]:
+        raise CheckpointError(f"{what} lacks the tensors of {len(missing)} layer(s) it targets: {listing(missing)}")
+    targets = config["target_modules"]
+    endings = tuple(targets) if isinstance(targets, (list, tuple)) else ("",)
+    if other := [name for name in sites if name not in named and not name.endswith(endings)]:
+        raise CheckpointError(
+            f"{what} has tensors for {len(other)} layer(s) that its target_modules={targets!r} do not name: "
+            f"{listing(other)}"
         )
 
 

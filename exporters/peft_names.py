@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from ..rewriter.errors import CheckpointError, listing
 from ..rewriter.graft import base_class
 from ..rewriter.state import base_modules, unwrap
-from .foreign import PREFIX, empty
+from .foreign import empty
+from .foreign_keys import PREFIX, base_weights, embeddings
 
 #: keys that say where an adapter comes from or how its training began; they change nothing in what it computes
 DESCRIPTIVE = frozenset(
@@ -24,12 +25,16 @@ DESCRIPTIVE = frozenset(
         *("inference_mode", "megatron_core", "qalora_group_size", "eva_config", "init_weights"),
         # the stored factors have one layout whatever the base's is, and the base says itself which it has
         "fan_in_fan_out",
+        # what was tied is stored for each of the tied modules, with the values it had
+        "ensure_weight_tying",
     }
 )
 #: keys that name modules
 PATTERNS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"})
 _NEUTRAL: Mapping[str, Collection[Any]] = {
     "bias": ("none",),
+    # where tensors are kept while it runs
+    "runtime_config": ({"ephemeral_gpu_offload": False}, {"ephemeral_gpu_offload": True}),
     # the others start from a changed base weight, so A and B belong to a base that is not the given one
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
@@ -50,7 +55,7 @@ def check_config(config: Mapping[str, Any], known: Collection[str], what: str) -
         if key in known or key in DESCRIPTIVE or key in PATTERNS or empty(given):
             continue
         # `in` alone would take 1 for True
-        if any(given is ok or (isinstance(given, str) and given == ok) for ok in _NEUTRAL.get(key, ())):
+        if any(given is ok or (isinstance(given, (str, dict)) and given == ok) for ok in _NEUTRAL.get(key, ())):
             continue
         advice = f": {_ADVICE[key]}" if key in _ADVICE else ""
         raise CheckpointError(f"{what}: {key}={given!r} in its config is not supported{advice}")
@@ -65,6 +70,12 @@ def is_linear(module: nn.Module) -> bool:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' `Conv1D`, known by its name so that transformers need not be there."""
     return base_class(module).__name__ == "Conv1D"
+
+
+def attention_outputs(model: nn.Module) -> set[str]:
+    """The output projections whose weight `nn.MultiheadAttention` reads without calling the layer."""
+    modules = base_modules(unwrap(model))
+    return {f"{name}.out_proj".lstrip(".") for name, m in modules if issubclass(base_class(m), nn.MultiheadAttention)}
 
 
 def _regex(pattern: str, name: str, what: str) -> bool:
@@ -169,7 +180,8 @@ def saved_names(endings: Iterable[str], model: nn.Module) -> list[str]:
 def trained_tensors(
     config: Mapping[str, Any], model: nn.Module, rest: Mapping[str, Tensor], what: str
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """The modules saved with the adapter and their tensors under base keys; anything else in `rest` is an error."""
+    """The modules saved with the adapter and their tensors under base keys; what is left of `rest` are weights of the
+    base that came along (`base_weights`), or it is an error."""
     endings = _names(config.get("modules_to_save") or [], "modules_to_save", what)
     train = []
     for ending in dict.fromkeys(endings):
@@ -178,13 +190,17 @@ def trained_tensors(
             raise CheckpointError(f"{what}: modules_to_save names {ending!r}, which this {type(model).__name__} lacks")
         train += [name for name in names if name not in train]
     train = [n for n in train if not any(n.startswith(f"{other}.") for other in train)]
-    tensors, left = {}, []
+    tensors, others, left = {}, {}, []
     for key, tensor in rest.items():
         name = key.removeprefix(PREFIX)
-        if name != key and any(name.startswith(f"{path}.") for path in train):
+        if name == key:
+            left.append(key)
+        elif any(name.startswith(f"{path}.") for path in train):
             tensors[name] = tensor
         else:
-            left.append(key)
+            others[name] = tensor
+    also, values, unknown = base_weights(others, model, what, embeddings(model))
+    left += [PREFIX + name for name in unknown]
     if left:
         raise CheckpointError(f"{what} has {len(left)} tensor(s) that are not understood: {listing(left)}")
-    return tuple(train), tensors
+    return (*train, *also), {**tensors, **values}

@@ -141,7 +141,7 @@ class UniLoRA(Method, key="unilora"):
     Args:
         rank: `r` of the virtual A and B.
         vector_length: `d`, the number of trained parameters; at most the number `D` of virtual ones,
-            `sum of r * (in + out)` over the sites.
+            `sum of r * (in + out)` over the sites. One from a checkpoint may be longer: some entries are then unused.
         seed: of the projection. The indices are derived from it and never saved.
         sampler: `balanced` (every entry is used equally often, as HF PEFT and the authors' released adapters) or
             `uniform` (independent draws, as the paper's text). `stored` is what `load_adapter` gives an adapter that
@@ -187,12 +187,6 @@ class UniLoRA(Method, key="unilora"):
     def declare(self, sites: Sequence[Site]) -> Declaration:
         check_rank(self, self.rank, sites)
         total = self.virtual(sites)
-        if self.vector_length > total:
-            raise SpecError(
-                f"UniLoRA(vector_length={self.vector_length}): the {len(sites)} site(s) have {total} virtual LoRA "
-                f"parameters at rank {self.rank}, so the vector may have at most {total} entries; "
-                "shorten it, raise the rank or name more targets"
-            )
         # independent draws stay far below twice their mean; one byte holds the counts of any usual size
         most = -(-total // self.vector_length) * (1 if self.sampler == "balanced" else 2)
         role: Role = "frozen" if self.sampler == "stored" else "derived"
@@ -237,6 +231,13 @@ class UniLoRA(Method, key="unilora"):
             raise SpecError(
                 "UniLoRA(sampler='stored') takes its indices from a checkpoint (load_adapter); a new adapter draws "
                 "them: choose 'balanced' or 'uniform'"
+            )
+        total = self.virtual(sites)
+        if self.vector_length > total:
+            raise SpecError(
+                f"UniLoRA(vector_length={self.vector_length}): the {len(sites)} site(s) have {total} virtual LoRA "
+                f"parameters at rank {self.rank}, so the vector may have at most {total} entries; "
+                "shorten it, raise the rank or name more targets"
             )
         torch.nn.init.uniform_(shared["theta"], -self.init_bound, self.init_bound)
 
