@@ -108,7 +108,7 @@ def _opened(
     )
     if tuple(theta.shape) != (method.vector_length,):
         raise CheckpointError(f"{what}: the vector is {tuple(theta.shape)}, the config says ({method.vector_length},)")
-    factors = {}
+    factors: dict[str, Tensor] = {}
     for site, pair in indices.items():
         A, B = (theta[index.long()] * norm.to(theta.dtype) for index, norm in zip(pair, norms[site], strict=True))
         factors |= {f"{site}.A": A, f"{site}.B": B}
