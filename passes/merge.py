@@ -31,6 +31,7 @@ from ..rewriter.state import (
 )
 
 
+@torch.inference_mode(False)
 def merge(adapted: M, names: Sequence[str] | None = None) -> M:
     """A new plain model of the original module types with the adapters folded in; `adapted` stays as it is.
 

@@ -41,6 +41,7 @@ from .state import (
     unwrap,
 )
 from .targets import Resolution, check_name, resolve
+from .tuners import check_no_tuners
 
 T = TypeVar("T")
 _NARROW = (torch.float16, torch.bfloat16)
@@ -80,6 +81,7 @@ def rewrite(model: T, spec: Spec, name: str = "default", *, dtype: torch.dtype |
     return graft_adapter(model, spec, name, dtype=dtype, update=update)  # type: ignore[return-value]
 
 
+@torch.inference_mode(False)  # an adapter made inside inference mode could not be trained afterwards
 def graft_adapter(
     model: M,
     spec: Spec,
@@ -108,6 +110,7 @@ def graft_adapter(
 
         source = outline_linears(source)  # type: ignore[assignment]
     check_name(source, name)
+    check_no_tuners(source)
     resolution = resolve(source, spec)
     groups = _group(resolution, order)
     declared = declare(groups)
@@ -286,8 +289,9 @@ def adapter_modules(
     modules = grafted_modules(root) if modules is None else modules
     for key, shared in _shared_of(root, name).items():
         yield (f"{key}." if key else ""), shared
+    position = {site.name: i for i, site in enumerate(record.sites)}
     for owner in dict.fromkeys(site.owner for site in record.sites):
-        for tensors in site_tensors(modules[owner], name):
+        for tensors in sorted(site_tensors(modules[owner], name), key=lambda t: position[t.site.name]):  # type: ignore[union-attr]
             yield f"{tensors.site.name}.".lstrip("."), tensors  # type: ignore[union-attr]
 
 

@@ -7,7 +7,6 @@ share ONE class, so `torch.compile` compiles them once; switching adapters of eq
 
 from __future__ import annotations
 
-import copy
 import itertools
 import linecache
 import types
@@ -51,23 +50,34 @@ def attributes(module: nn.Module) -> dict[str, Any]:
 
 # -- owners ------------------------------------------------------------------------------------------------------
 class Grafted(nn.Module):
-    """Mixin of all generated classes: copying keeps the class, pickling rebuilds it."""
+    """Mixin of all generated classes: copying keeps the class, pickling rebuilds it.
+
+    There is no `__deepcopy__`: a wrapper that hands unknown attributes to the module inside would find it there, and be
+    copied as that module.
+    """
 
     fxgraft_graph: fx.Graph | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Grafted:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__ = copy.deepcopy(attributes(self), memo)
-        return twin
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class cannot be imported; it is a function of the base class and the slots.
-        return (Grafted.__new__, (Grafted,), attributes(self))
+        base = base_class(self)
+        own = getattr(base, "__getstate__", None)
+        state = attributes(self) if own is None or own is object.__getstate__ else own(self)
+        return (_bare, (base,), state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        base = base_class(self)
+        self.__class__ = base  # type: ignore[assignment]
+        base.__setstate__(self, state)
         _set_class(self)
+
+
+def _bare(base: type[nn.Module]) -> nn.Module:
+    """An empty module of the class that grafting gives `base`, to be filled."""
+    cls = _class((base, None), base, {})
+    bare = cls.__new__(cls)
+    bare.__dict__[BASE] = base
+    return bare
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -93,23 +103,30 @@ def plain_view(module: nn.Module) -> nn.Module:
 def site_tensors(owner: nn.Module, adapter: str) -> list[AdapterTensors]:
     """The tensors of one adapter in one owner, a module per site."""
     container = owner._modules[ADAPTERS]._modules[adapter]  # type: ignore[index, union-attr]
-    if isinstance(container, AdapterTensors):
-        return [container]
-    return list(container._modules.values())  # type: ignore[union-attr, arg-type]
+    inner: list[AdapterTensors] = list(container._modules.values())  # type: ignore[union-attr, arg-type]
+    return [container, *inner] if isinstance(container, AdapterTensors) else inner
 
 
 def add_adapter(owner: nn.Module, name: str, child: nn.Module, key: str = "") -> None:
-    """Register an adapter's tensors (or a retrained copy) under `fxgraft.<name>[.<key>]` of the owner."""
+    """Register an adapter's tensors (or a retrained copy) under `fxgraft.<name>[.<key>]` of the owner.
+
+    Tensors without a key hold those with one: an owner may have sites on `weight` and on other parameters.
+    """
     if owner._modules.get(ADAPTERS) is None:
         owner._modules[ADAPTERS] = Container()
     adapters = owner._modules[ADAPTERS]
     assert adapters is not None
+    holder = adapters._modules.get(name)
     if not key:
+        if holder is not None:
+            child._modules.update(holder._modules)
         adapters._modules[name] = child
         return
-    if name not in adapters._modules:
-        adapters._modules[name] = Container()
-    adapters._modules[name]._modules[key] = child  # type: ignore[union-attr]
+    if holder is None:
+        holder = adapters._modules[name] = Container()
+    if key in holder._modules or key in holder._parameters or key in holder._buffers:
+        raise AdapterError(f"{type(owner).__name__} has two sites that would both be called {key!r}: adapt one of them")
+    holder._modules[key] = child
 
 
 def drop_adapter(owner: nn.Module, name: str) -> None:

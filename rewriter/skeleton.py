@@ -1,21 +1,33 @@
-"""Copy a model's modules without copying its tensors."""
+"""Copy a model's modules without copying its weights."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from .errors import CaptureError
 from .state import Container, M, strip_wrappers, unwrap
+from .writes import written
+
+#: buffers up to this many bytes are copied without asking who writes them
+SMALL = 64 * 1024
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor autograd takes: one made in inference mode is refused by every backward."""
+    if not tensor.is_inference() or type(tensor.data) is not Tensor:
+        return tensor.detach()
+    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
     """A new, frozen parameter over the same storage: flags and `.data` of the original stay out of reach."""
     if type(parameter) is nn.Parameter or nn.Parameter not in type(parameter).__mro__:
-        alias = nn.Parameter(parameter.detach(), requires_grad=False)
+        alias = nn.Parameter(_normal(parameter), requires_grad=False)
         alias.__dict__.update(parameter.__dict__)
         return alias
     # A subclass with state of its own (bitsandbytes' Params4bit): its own shallow copy knows what belongs to it.
@@ -25,12 +37,44 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
     return alias
 
 
+def _storage(tensor: Tensor) -> int | None:
+    """Where a tensor's memory is; None for one without memory of its own (meta, a wrapper around others)."""
+    if tensor.is_meta or type(tensor.data) is not Tensor or tensor.layout is not torch.strided:
+        return None
+    return tensor.untyped_storage()._cdata
+
+
+def _shared_tensors(model: nn.Module, adapters: set[int]) -> list[Tensor]:
+    """The buffers and plain tensors of a model that a copy may share: views of a weight, and large ones that no code of
+    the model writes into (quantised weights, masks, tables). All others are copied, ties and views kept."""
+    weights = {_storage(p) for m in model.modules() for p in m._parameters.values() if p is not None} - {None}
+    shared, large = [], []
+    for module in model.modules():
+        if id(module) in adapters:
+            continue
+        for name, value in [*module._buffers.items(), *module.__dict__.items()]:
+            if not isinstance(value, Tensor):
+                continue
+            storage = _storage(value)
+            if storage in weights or value.grad_fn is not None:
+                shared.append(value)
+            elif (value.nbytes if storage is None else value.untyped_storage().nbytes()) > SMALL:
+                large.append((name, value))
+    if large:
+        classes = {type(m) for m in model.modules()}
+        names = written(classes, {name for name, _ in large})
+        changing = {id(value) for name, value in large if name in names}
+        shared += [value for _, value in large if id(value) not in changing]
+    return shared
+
+
+@torch.inference_mode(False)
 def copy_skeleton(model: M) -> M:
     """A copy of every module; parameters become frozen aliases over the same storage, ties are kept.
 
-    Tensors of adapters are copied: training one in the copy must not train it in the original. Buffers are shared,
-    except the running statistics of normalisation layers, which are written in training. Everything else an attribute
-    holds is deep-copied.
+    Tensors of adapters are copied: training one in the copy must not train it in the original. Buffers are copied too,
+    so that running the copy changes nothing in the original, except large ones that no code of the model writes into.
+    Everything else an attribute holds is deep-copied.
     """
     memo: dict[int, Any] = {}
     keep: list[Tensor] = []  # deepcopy's memo is keyed by id: the keys must stay alive
@@ -44,11 +88,9 @@ def copy_skeleton(model: M) -> M:
             if parameter is not None and id(parameter) not in memo:
                 memo[id(parameter)] = _alias(parameter)
                 keep.append(parameter)
-        writes_buffers = isinstance(module, _NormBase) and module.track_running_stats
-        for value in [*module._buffers.values(), *module.__dict__.values()]:
-            if isinstance(value, Tensor) and id(value) not in memo and not writes_buffers:
-                memo[id(value)] = value
-                keep.append(value)
+    for tensor in _shared_tensors(model, adapters):
+        memo[id(tensor)] = _normal(tensor) if tensor.is_inference() else tensor
+        keep.append(tensor)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
