@@ -7,7 +7,7 @@ from .backends.inductor import compile
 from .backends.kernels import KernelPreference
 from .exporters.adapterfile import export_ort_adapter
 from .exporters.checkpoint import load_adapter, save_adapter
-from .exporters.errors import VerifyError
+from .exporters.errors import SessionError, VerifyError
 from .exporters.gpu_check import GpuReport, check_gpu
 from .exporters.onnx import OnnxExport, export_onnx
 from .exporters.ort import OrtSession
@@ -29,9 +29,11 @@ from .rewriter.errors import (
     AdapterError,
     CaptureError,
     CheckpointError,
+    ExportError,
     FxgraftError,
     MergeError,
     PackageError,
+    ParityError,
     SpecError,
     TargetError,
 )
@@ -47,6 +49,7 @@ __all__ = [
     "AdapterState",
     "CaptureError",
     "CheckpointError",
+    "ExportError",
     "FxgraftError",
     "GLoRA",
     "GLoRAPath",
@@ -62,7 +65,9 @@ __all__ = [
     "PRoLoRA",
     "Package",
     "PackageError",
+    "ParityError",
     "Program",
+    "SessionError",
     "Spec",
     "SpecError",
     "Target",

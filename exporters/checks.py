@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..backends.parity import Parity
+from ..backends.parity import Parity, floor_of, tolerance_of
 from ..rewriter.draws import draw
-from ..rewriter.signature import Axes
+from ..rewriter.errors import ExportError
+from ..rewriter.signature import Axes, arguments
 from .parity import compare, run
-from .plans import Plan
+from .plans import Plan, Truth
 
 Inputs = Mapping[str, torch.Tensor]
 _SAMPLES = 64  # values kept of every output of a probe
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How far a graph may be from torch: `given` of an output's largest value, where the user said so; else see
+    `backends.parity.hold`, with the floor and what holds where there is no float64 result."""
+
+    given: float | None
+    floor: float
+    otherwise: float
+
+
+def rule_of(plan: Plan, given: float | None) -> Rule:
+    return Rule(given, floor_of(plan.module), tolerance_of(plan.module) if given is None else given)
+
+
 def hold_against_torch(
-    plan: Plan, session: Any, cases: Sequence[tuple[str, Inputs, int]], constants: Mapping[str, Any], tolerance: float
+    plan: Plan,
+    session: Any,
+    cases: Sequence[tuple[str, Inputs, int]],
+    constants: Mapping[str, Any],
+    nested: Mapping[str, Mapping[str, str]],
+    rule: Rule,
 ) -> list[Parity]:
     """Every run of the plan on every case: (label, inputs, step), see `Plan.runs`. Raises `ParityError`."""
     checks = []
     for label, tensors, step in cases:
         for case, truth, feeds in plan.runs(step, tensors):
-            expected = truth({**tensors, **constants})
-            checks.append(compare(session, f"{label}, {case}", tensors, expected, tolerance, feeds))
+
+            def given(values: Inputs = tensors) -> dict[str, Any]:
+                return arguments({**values, **constants}, nested)
+
+            def wide(truth: Truth = truth, given: Any = given) -> Mapping[str, np.ndarray] | None:
+                try:
+                    return truth(given(), torch.float64)
+                except ExportError:  # an operator without a float64 kernel, or code that asks for a dtype by name
+                    return None
+
+            expected = truth(given())
+            if rule.given is None:
+                checks.append(
+                    compare(session, f"{label}, {case}", tensors, expected, rule.floor, feeds, wide, rule.otherwise)
+                )
+            else:
+                checks.append(compare(session, f"{label}, {case}", tensors, expected, rule.given, feeds))
     return checks
 
 

@@ -6,7 +6,7 @@ import ast
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from ..rewriter.errors import near_misses
-from ..rewriter.method import ADAPTER_IDS as IDS
+from ..rewriter.signature import free_name
 from .errors import ExportError
-from .weights import lay_out
+from .weights import SMALL, lay_out
 
 # protobuf ends at 2 GiB; beyond this the weights go to a file of their own.
 _INLINE_BYTES = 1_500_000_000
@@ -63,31 +63,58 @@ def rename_axes(model: Any, names: Mapping[str, str]) -> None:
             value.shape = ir.Shape([renamed(dim) for dim in value.shape])
 
 
-def name_outputs(model: Any, names: Sequence[str]) -> None:
-    """Call the graph's outputs by the names of the model's output fields; one tensor returned twice gets a copy."""
+def name_ends(
+    model: Any, inputs: Mapping[str, str], outputs: Sequence[str], opened: Container[str]
+) -> dict[str, dict[str, str]]:
+    """Call the graph's inputs and outputs by the model's names; one tensor returned twice gets a copy.
+
+    `inputs` are the model's names by the graph's own until now, `opened` the adapter inputs, which keep their names, as
+    weights do. Where those, or an input, have the name of an input or output already, that end gets another one:
+    returns {"inputs": {model's name: the graph's}, "outputs": ...} of those. Values inside the graph make way.
+    """
     import onnx_ir as ir
 
     graph = model.graph
-    if len(graph.outputs) != len(names):
-        raise ExportError(f"the graph has {len(graph.outputs)} outputs, the model {len(names)}: {', '.join(names)}")
-    taken = {value.name: value for value in _values(graph)}
+    if len(graph.outputs) != len(outputs):
+        raise ExportError(f"the graph has {len(graph.outputs)} outputs, the model {len(outputs)}: {', '.join(outputs)}")
     done: set[int] = set()
-    for index, name in enumerate(names):
-        value = graph.outputs[index]
+    for index, value in enumerate(graph.outputs):
         if id(value) in done or value.producer() is None:
             node = ir.node("Identity", [value])
             copy = node.outputs[0]
             copy.shape, copy.type = value.shape, value.type
             graph.append(node)
             graph.outputs[index] = value = copy
-        other = taken.get(name)
-        if other is not None and other is not value:
-            if other.is_graph_input() or other.is_initializer():
-                raise ExportError(f"output {name!r} has the name of an input; rename one of them in the model")
-            other.name = f"{name}.inner"
-        value.name = name
-        taken[name] = value
         done.add(id(value))
+    fixed = {*graph.initializers, *(value.name for value in graph.inputs if value.name not in inputs)}
+    renamed: dict[str, dict[str, str]] = {"inputs": {}, "outputs": {}}
+    named: dict[str, Any] = {}
+    ends = [(value, inputs[value.name], "inputs") for value in graph.inputs if value.name in inputs]
+    ends += [(value, name, "outputs") for value, name in zip(graph.outputs, outputs, strict=True)]
+    wanted = {*inputs.values(), *outputs}
+    for value, name, side in ends:
+        its = name
+        if name in fixed or name in named:
+            its = free_name(f"{name}.{side.removesuffix('s')}", {*fixed, *named, *wanted})
+            renamed[side][name] = its
+        named[its] = value
+    for inner in [value for node in graph.all_nodes() for value in node.outputs]:
+        if inner.name in named and named[inner.name] is not inner:
+            inner.name = None  # onnx_ir gives it one that is free when the model is written
+    for name, value in named.items():
+        value.name = name
+    _name_the_rest(graph, {*fixed, *named})
+    return {side: names for side, names in renamed.items() if names}
+
+
+def _name_the_rest(graph: Any, taken: set[str]) -> None:
+    """Give every value inside the graph a name of its own."""
+    for value in [value for node in graph.all_nodes() for value in node.outputs]:
+        if value.is_graph_output() or value.name == "":
+            continue
+        if value.name is None or value.name in taken:
+            value.name = free_name(f"{value.name or 'value'}.inner", taken)
+        taken.add(value.name)
 
 
 @dataclass(frozen=True)
@@ -108,17 +135,16 @@ class Leg:
     default: torch.Tensor
 
 
-def open_sites(model: Any, sites: Mapping[str, Mapping[str, Leg]]) -> dict[str, Opened]:
+def open_sites(model: Any, sites: Mapping[str, Mapping[str, Leg]], ids: Any = None) -> dict[str, Opened]:
     """Turn the adapter tensors of every site into graph inputs `<site>.<leg>`.
 
     The last leg of a site is the right factor of its last product. What lies between the legs and that product forgets
     the sizes it was traced with. Every site has symbols of its own: onnxruntime insists that equal symbols are equal
-    numbers. Where the legs are stacks, the rows are chosen by the input `adapter_ids` itself.
+    numbers. Where the legs are stacks, `ids` is the input that chooses the rows.
     """
     from onnx_ir.tensor_adapters import TorchTensor
 
     graph = model.graph
-    ids = next((value for value in graph.inputs if value.name == IDS), None)
     opened: dict[str, Opened] = {}
     for site, legs in sites.items():
         values = {}
@@ -248,13 +274,12 @@ def open_trained(
     return opened
 
 
-def open_stacks(model: Any, stacks: Mapping[str, tuple[str, torch.Tensor]]) -> dict[str, Opened]:
+def open_stacks(model: Any, stacks: Mapping[str, tuple[str, torch.Tensor]], ids: Any) -> dict[str, Opened]:
     """Turn the initializers called like the keys of `stacks` into inputs `(slots, ...)` of the given name and default,
-    whose rows the input `adapter_ids` chooses."""
+    whose rows the input `ids` chooses."""
     from onnx_ir.tensor_adapters import TorchTensor
 
     graph = model.graph
-    ids = next(value for value in graph.inputs if value.name == IDS)
     opened: dict[str, Opened] = {}
     for key, (name, tensor) in stacks.items():
         value = graph.initializers.get(key)
@@ -316,23 +341,29 @@ def widen_convolutions(model: Any) -> None:
         model.graph.insert_after(node, back)
 
 
-def name_transposes(model: Any) -> None:
+def name_transposes(model: Any) -> dict[str, torch.Tensor]:
     """Turn a transposed weight into an initializer `<weight>.T` that reads the weight's own memory.
 
         Transpose(w)  ->  w.T
 
-    The optimizer would fold it too, with a copy of every weight in memory and a name of its own making.
+    The optimizer would fold it too, with a copy of every weight in memory and a name of its own making. A weight that
+    is also used as it stands (an embedding tied to the head) keeps its Transpose, or the file would have it twice: it
+    stays an input until `unpin`, which takes what this returns.
     """
     import onnx_ir as ir
     from onnx_ir.tensor_adapters import TorchTensor
 
     graph = model.graph
+    kept: dict[str, torch.Tensor] = {}
     for node in list(graph):
         value = node.inputs[0] if node.op_type == "Transpose" else None
         if value is None or not value.is_initializer() or value.is_graph_input():
             continue
         stored = getattr(value.const_value, "raw", None)
         if not isinstance(stored, torch.Tensor) or list(node.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+            continue
+        if any(use.node.op_type != "Transpose" for use in value.uses()) and stored.nbytes > SMALL:
+            kept[value.name] = stored
             continue
         name, result = f"{value.name}.T", node.outputs[0]
         turned = graph.initializers.get(name)  # a weight may be transposed in two places
@@ -344,6 +375,8 @@ def name_transposes(model: Any) -> None:
         graph.remove(node, safe=True)
         if not value.uses():
             graph.initializers.pop(value.name)
+    pin(model, list(kept))
+    return kept
 
 
 def tidy(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ _SAMPLES = 64
 
 def versions() -> dict[str, str]:
     """Versions of everything that took part in an export."""
-    import onnx
     import onnx_ir
     import onnxruntime
     import onnxscript
+
+    import onnx
 
     modules = (torch, onnx, onnx_ir, onnxscript, onnxruntime)
     return {module.__name__: str(module.__version__) for module in modules}
@@ -36,6 +38,27 @@ def load(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     manifest = json.loads(text)
     return manifest if manifest.get("format") == FORMAT else None
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Inputs and outputs that the graph calls otherwise than the model: {model's name: the graph's}."""
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+
+    def model_inputs(self) -> dict[str, str]:
+        """{graph's name: the model's}."""
+        return {its: name for name, its in self.inputs.items()}
+
+    def model_outputs(self) -> dict[str, str]:
+        return {its: name for name, its in self.outputs.items()}
+
+
+def renamed(session: Any) -> Renamed:
+    """What the graph of an onnxruntime session calls otherwise than the model it was exported from."""
+    told = load(session.get_modelmeta().custom_metadata_map) or {}
+    return Renamed(**told.get("renamed", {}))
 
 
 def fingerprint(base: torch.nn.Module, sites: Iterable[str]) -> int:

@@ -15,7 +15,7 @@ import torch
 from ..rewriter.errors import AdapterError, listing
 from . import manifest
 from .adapterfile import export_ort_adapter
-from .adapterfit import check_config, check_fit, check_room, one_slot, overlap
+from .adapterfit import DIFFERENCE, check_config, check_fit, check_room, one_slot, overlap
 from .adapterformat import EXPANDED, STRUCTURED, read_adapter
 from .errors import SessionError
 from .expand import Expander
@@ -84,16 +84,18 @@ class OrtSession:
         self.binding = self.device.type != "cpu" if binding is None else bool(binding)
         self._ortvalue = onnxruntime.OrtValue
         self.manifest = manifest.load(self._session.get_modelmeta().custom_metadata_map)
-        self.inputs = _infos(self._session.get_inputs())
-        self.outputs = _infos(self._session.get_outputs())
+        self._renamed = manifest.renamed(self._session)
+        self.inputs = _infos(self._session.get_inputs(), self._renamed.model_inputs())
+        self.outputs = _infos(self._session.get_outputs(), self._renamed.model_outputs())
         self.adapter_inputs = _infos(self._session.get_overridable_initializers())
+        _check_whole(self.path, self.manifest, self.inputs, self.adapter_inputs)
         self._expand = Expander()
         # Weakly: a cache that held its session would keep a dropped graph in memory until the garbage collector runs.
         read = weakref.WeakMethod(self._read)
         self._cache = AdapterCache(lambda name, source: read()(name, source), max_bytes)  # type: ignore[misc]
         self._bank: Bank | None = None
-        if IDS in self.inputs:
-            told = self.manifest or {}
+        told = self.manifest or {}
+        if IDS in self.inputs and told.get("adapters", "bank") == "bank":
             capacity = told.get("capacity") if capacity is None else capacity
             rank = told.get("rank") if rank is None else rank
             stacks, bases = room(self.path, self.adapter_inputs, capacity, rank)
@@ -307,7 +309,9 @@ class OrtSession:
         self, arrays: Mapping[str, Array], values: Mapping[str, Any], wanted: Sequence[str], kept: Sequence[str] = ()
     ) -> list[Any]:
         """The outputs `wanted`, on the CPU, and those `kept` on the device, as OrtValues."""
-        values = {**{name: self._wrap(array) for name, array in arrays.items()}, **values}
+        given, their = self._renamed.inputs, self._renamed.outputs
+        values = {**{given.get(name, name): self._wrap(array) for name, array in arrays.items()}, **values}
+        wanted = [their.get(name, name) for name in wanted]
         try:
             if self.binding:
                 return run_bound(self._session, values, wanted, kept, self.device)
@@ -339,8 +343,30 @@ class OrtSession:
         return self._ortvalue.ortvalue_from_numpy(array, self.device.type, self.device.index)
 
 
-def _infos(values: Sequence[Any]) -> dict[str, TensorInfo]:
-    return {value.name: TensorInfo(value.name, tuple(value.shape), value.type) for value in values}
+def _infos(values: Sequence[Any], names: Mapping[str, str] | None = None) -> dict[str, TensorInfo]:
+    """What a graph takes or gives, by its names or by those that `names` has for them."""
+    named = [((names or {}).get(value.name, value.name), value) for value in values]
+    return {name: TensorInfo(name, tuple(value.shape), value.type) for name, value in named}
+
+
+def _check_whole(path: Path, told: Mapping[str, Any] | None, inputs: Any, adapter_inputs: Any) -> None:
+    """Raise `SessionError` where the adapter inputs that the manifest tells of are gone."""
+    if told is None:
+        return
+    sites = told.get("sites", ()) if told["adapters"] != "merged" and "own" not in told else ()
+    begun = {name.rpartition(".")[0] for name in adapter_inputs}
+    heads = {name.removesuffix(DIFFERENCE) for name in adapter_inputs}
+    whole = {name.rpartition(".")[0] for name in told.get("trained", ())}
+    lost = [site for site in sites if site not in begun and site not in whole]
+    lost += [name for name in told.get("trained", ()) if name not in heads]
+    if told["adapters"] == "bank" and IDS not in inputs:
+        lost += [IDS]
+    if lost:
+        raise SessionError(
+            f"{str(path)!r} was exported {told['adapters']!r}, and has no inputs any more for {listing(lost)}: a tool "
+            "that wrote it anew (a quantiser, an optimiser) has taken them for constants, and adapters would have no "
+            "effect. fg.quantize_onnx keeps them; with other tools leave out the nodes that read them"
+        )
 
 
 __all__ = ["AdapterStats", "LoadedAdapter", "OrtSession", "export_ort_adapter"]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..backends.parity import Parity, hold, sizes_of
+from ..backends.parity import Parity, Truth, hold, sizes_of
+from . import manifest
 from .errors import ExportError, ParityError
 from .ort_values import to_array, to_ort
 from .widen import widened
@@ -41,23 +42,29 @@ def compare(
     expected: Mapping[str, np.ndarray],
     tolerance: float,
     feeds: Mapping[str, torch.Tensor] | None = None,
+    truth: Truth | None = None,
+    otherwise: float = 0.0,
 ) -> Parity:
     """Run `session` on `inputs` (and adapter tensors) and hold every output against `expected`.
 
-    Raises `ParityError` where onnxruntime fails or differs, see `hold`.
+    Raises `ParityError` where onnxruntime fails or differs, see `hold`, also for `truth` and `otherwise`.
     """
     sizes = sizes_of(inputs)
     try:
         got = run(session, {**inputs, **(feeds or {})}, list(expected))
     except Exception as error:  # as above
         raise ParityError(f"onnxruntime fails on the exported graph ({case}; {sizes}): {error}") from error
-    return hold(got, expected, "onnxruntime", case, sizes, tolerance)
+    return hold(got, expected, "onnxruntime", case, sizes, tolerance, truth, otherwise)
 
 
 def run(session: Any, values: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """One run of a session of onnxruntime; raises what that raises. A widened graph takes its inputs widened."""
+    """One run of a session of onnxruntime, by the model's names; raises what that raises. A widened graph takes its
+    inputs widened."""
+    renamed = manifest.renamed(session)
+    values = {renamed.inputs.get(name, name): tensor for name, tensor in values.items()}
     ends = [*session.get_inputs(), *session.get_overridable_initializers()]
     wide = {value.name for value in ends if value.type == "tensor(float)"}
     fed = {name: tensor.float() if name in wide else tensor for name, tensor in values.items()}
-    results = session.run_with_ort_values(list(names), {name: to_ort(tensor) for name, tensor in fed.items()})
+    wanted = [renamed.outputs.get(name, name) for name in names]
+    results = session.run_with_ort_values(wanted, {name: to_ort(tensor) for name, tensor in fed.items()})
     return {name: to_array(value) for name, value in zip(names, results, strict=True)}

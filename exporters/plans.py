@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from ..backends.parity import reference, sizes_of
 from ..passes.bank import BANK, bank, bank_record
-from ..passes.forms import base_weights, form_of, opened, opened_bank, whole_weights
+from ..passes.forms import Twin, base_weights, form_of, opened, opened_bank, whole_weights
 from ..passes.merge import merge
 from ..rewriter.api import active, base_of, set_active
 from ..rewriter.errors import AdapterError
@@ -28,8 +28,10 @@ from .expand import describe, own_keys, own_tensors
 
 Inputs = Mapping[str, torch.Tensor]
 Arrays = dict[str, np.ndarray]
-# What a run feeds beside the inputs, and what must come out: (label, inputs -> torch's outputs, other feeds).
-Run = tuple[str, Callable[[dict[str, Any]], Arrays], dict[str, torch.Tensor]]
+# Arguments of a model -> torch's outputs, as the model computes them or in the dtype that is given.
+Truth = Callable[..., Arrays]
+# What a run feeds beside the inputs, and what must come out: (label, truth, other feeds).
+Run = tuple[str, Truth, dict[str, torch.Tensor]]
 
 
 class Plan:
@@ -47,8 +49,8 @@ class Plan:
         """The example the module is traced with, from the user's."""
         return example, axes, dims
 
-    def open(self, model: Any) -> dict[str, graph.Opened]:
-        """Turn adapter tensors into inputs, before the optimizer runs."""
+    def open(self, model: Any, ids: Any) -> dict[str, graph.Opened]:
+        """Turn adapter tensors into inputs, before the optimizer runs. `ids` is a bank's input for the slots."""
         return {}
 
     def close(self, model: Any) -> None:
@@ -67,20 +69,20 @@ class Plan:
         yield "no adapter" if self.sites else "merged", {}
 
 
-def _torch(module: torch.nn.Module) -> Callable[[dict[str, Any]], Arrays]:
-    def run(inputs: dict[str, Any]) -> Arrays:
-        truth, given = module, inputs
-        if any(parameter.dtype is torch.bfloat16 for parameter in module.parameters()):
-            # The graph is run widened, so what torch rounds at every step is no part of the truth.
-            truth = copy.deepcopy(module).float()
-            given = {k: v.float() if _narrow(v) else v for k, v in inputs.items()}
-        return reference(truth, given, sizes_of({k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}))
+def _torch(module: torch.nn.Module) -> Truth:
+    # A bfloat16 graph is run widened, so what torch rounds at every step is no part of the truth.
+    own = torch.float32 if any(parameter.dtype is torch.bfloat16 for parameter in module.parameters()) else None
+
+    def run(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> Arrays:
+        return reference(module, inputs, sizes_of(tensors_in(inputs)), dtype or own)
 
     return run
 
 
-def _narrow(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16
+def tensors_in(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors among the arguments of a model, those in dicts too."""
+    flat = {**inputs, **{k: v for one in inputs.values() if isinstance(one, Mapping) for k, v in one.items()}}
+    return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
 
 
 class Merged(Plan):
@@ -114,7 +116,7 @@ class Swappable(Plan):
         self.sites = tuple(sorted(site.name for site in record_of(adapted, self.name).sites))
         self.fingerprint = manifest.fingerprint(self.base, self.sites)
 
-    def open(self, model: Any) -> dict[str, graph.Opened]:
+    def open(self, model: Any, ids: Any) -> dict[str, graph.Opened]:
         sites = {}
         for site, (form, tensors) in self.twin.sites.items():
             legs = {}
@@ -136,6 +138,9 @@ class Swappable(Plan):
             feeds.update({f"{site}.{leg}": tensor for leg, tensor in grown.items()})
         larger = f", rank + {step}" if step and self.twin.sites else ""
         yield f"adapter {self.name!r}{larger}", _torch(self.truth), feeds
+        if not step and self.twin.sites:
+            truth, loud = _loud(self.twin, _torch(self.module))
+            yield "random adapter", truth, {**self.head, **self.twin.whole, **loud}
 
 
 class Own(Plan):
@@ -163,12 +168,39 @@ class Own(Plan):
     def about(self) -> dict[str, Any]:
         return {"own": self.described}
 
-    def open(self, model: Any) -> dict[str, graph.Opened]:
+    def open(self, model: Any, ids: Any) -> dict[str, graph.Opened]:
         return graph.open_trained(model, self.defaults, self.keys)
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
         yield "no adapter", _torch(self.base), {}
         yield f"adapter {self.name!r}", _torch(self.truth), self.values
+
+
+def _loud(twin: Twin, run: Truth) -> tuple[Truth, dict[str, torch.Tensor]]:
+    """The twin with random tensors at its sites, as large as what they are added to, and these tensors by input name:
+    what is wrong with a site shows, however small its own adapter is, or zero, as when nothing has been trained."""
+    generator = torch.Generator().manual_seed(0)
+    state = twin.module.state_dict()
+    values: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for site, (form, tensors) in twin.sites.items():
+        for leg, axes in form.axes.items():
+            own, key = tensors[leg], f"{site}.{leg}"
+            random = torch.randn(own.shape, generator=generator) / own.shape[-2] ** 0.5
+            if axes[0] == "slots":
+                random[0] = 0  # the base model
+            values[key] = state[twin.keys[site][leg]], random.to(own)
+
+    def truth(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> Arrays:
+        before = [(held, held.clone()) for held, _ in values.values()]
+        for held, random in values.values():
+            held.copy_(random)
+        try:
+            return run(inputs, dtype)
+        finally:
+            for held, own in before:
+                held.copy_(own)
+
+    return truth, {key: random for key, (_, random) in values.items()}
 
 
 def _one(adapted: torch.nn.Module, name: str | None) -> tuple[str, torch.nn.Module]:
@@ -250,7 +282,7 @@ class Banked(Plan):
         slots = [*self.tenants.values(), 0]
         return torch.tensor([slots[(i + start) % len(slots)] for i in range(batch)])
 
-    def open(self, model: Any) -> dict[str, graph.Opened]:
+    def open(self, model: Any, ids: Any) -> dict[str, graph.Opened]:
         sites = {}
         for site, (form, tensors) in self.twin.sites.items():
             legs = {}
@@ -261,7 +293,7 @@ class Banked(Plan):
             sites[site] = legs
         graph.pin(model, list(self.heads))
         stacks = {stack: (f"{key}{DIFFERENCE}", values) for key, (stack, values) in self.heads.items()}
-        return {**graph.open_sites(model, sites), **graph.open_stacks(model, stacks)}
+        return {**graph.open_sites(model, sites, ids), **graph.open_stacks(model, stacks, ids)}
 
     def close(self, model: Any) -> None:
         state = self.base.state_dict()
@@ -277,18 +309,23 @@ class Banked(Plan):
             for key, (_, values) in self.heads.items():
                 feeds[f"{key}{DIFFERENCE}"] = torch.cat([values, values.new_zeros(step, *values.shape[1:])])
         larger = f", {step} more slots, rank + {step}" if step else ""
-        yield f"mixed batch{larger}", lambda inputs: self._rows(inputs, ids.tolist()), feeds
+        yield f"mixed batch{larger}", lambda inputs, dtype=None: self._rows(inputs, ids.tolist(), dtype), feeds
+        if not step and self.twin.sites:
+            run = _torch(self.module)
+            truth, loud = _loud(self.twin, lambda inputs, dtype=None: run({**inputs, ADAPTER_IDS: ids}, dtype))
+            yield "random tenants", truth, {ADAPTER_IDS: ids, **loud}
 
     def probes(self, tensors: Inputs) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         ids = self._ids(tensors, 0)
         yield "no adapter", {ADAPTER_IDS: torch.zeros_like(ids)}
         yield "mixed batch", {ADAPTER_IDS: ids}
 
-    def _rows(self, inputs: dict[str, Any], slots: list[int]) -> Arrays:
+    def _rows(self, inputs: dict[str, Any], slots: list[int], dtype: torch.dtype | None) -> Arrays:
         """Every row from the model with the row's adapter alone."""
         names = {slot: name for name, slot in self.tenants.items()}
         outputs = {
-            slot: (self.alone[names[slot]] if slot else _torch(self.base))(inputs) for slot in dict.fromkeys(slots)
+            slot: (self.alone[names[slot]] if slot else _torch(self.base))(inputs, dtype)
+            for slot in dict.fromkeys(slots)
         }
         rows = {}
         for key, first in outputs[slots[0]].items():
@@ -304,6 +341,11 @@ class Banked(Plan):
 
 def _stack(model: torch.nn.Module) -> torch.nn.Module:
     """The bank of a model's adapters."""
+    if ADAPTER_IDS in inspect.signature(model.forward).parameters:
+        raise ExportError(
+            f"{type(model).__name__}.forward takes {ADAPTER_IDS!r} itself, the name of a bank's own input; call it "
+            "something else, or export 'swappable'"
+        )
     for name, record in (find_state(model) or ModelState()).adapters.items():
         groups = [group for group in record.groups if form_of(group.method) is None]
         sites = [site for group in groups for site in group.sites]
@@ -317,10 +359,10 @@ def _stack(model: torch.nn.Module) -> torch.nn.Module:
     return bank(model)
 
 
-def _slot(banked: torch.nn.Module, slot: int) -> Callable[[dict[str, Any]], Arrays]:
-    def run(inputs: dict[str, Any]) -> Arrays:
-        batch = next(v for v in inputs.values() if isinstance(v, torch.Tensor) and v.dim()).shape[0]
-        return _torch(banked)({**inputs, ADAPTER_IDS: torch.full((batch,), slot)})
+def _slot(banked: torch.nn.Module, slot: int) -> Truth:
+    def run(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> Arrays:
+        batch = next(tensor for tensor in tensors_in(inputs).values() if tensor.dim()).shape[0]
+        return _torch(banked)({**inputs, ADAPTER_IDS: torch.full((batch,), slot)}, dtype)
 
     return run
 

@@ -19,10 +19,10 @@ from ..rewriter.method import ADAPTER_IDS
 from ..rewriter.signature import add_up
 from ..rewriter.skeleton import bare
 from . import manifest
-from .checks import axes_of, differs, drawn, hold_against_torch, probe
+from .checks import axes_of, differs, drawn, hold_against_torch, probe, rule_of
 from .decoder import cached
 from .errors import VerifyError
-from .onnx import eval_mode
+from .onnx import working_copy
 from .ort_values import TYPES
 from .parity import quiet_session, run
 from .plans import make_plan
@@ -210,10 +210,10 @@ def _with_torch(
 ) -> list[Parity]:
     if not isinstance(model, torch.nn.Module):
         raise VerifyError(f"verify(path, {type(model).__name__}): give the adapted model, an nn.Module")
-    root = bare(model)
+    root = working_copy(bare(model))
     if told.get("cache"):
         root = cached(root, told["cache"])
-    with eval_mode(root), torch.no_grad():
+    with torch.no_grad():
         plan = make_plan(root, told["adapters"], told["name"], "own" not in told, None, None)
         if plan.fingerprint != told["fingerprint"]:
             raise VerifyError(
@@ -229,7 +229,8 @@ def _with_torch(
             inputs = {name: tensor.to(device) for name, tensor in drawn(record, sizes, seed + step).items()}
             cases.append((f"unseen {step + 1}", inputs, step))
         try:
-            return hold_against_torch(plan, session, cases, record["constants"], told["tolerance"])
+            rule = rule_of(plan, told.get("given_tolerance"))
+            return hold_against_torch(plan, session, cases, record["constants"], record.get("nested", {}), rule)
         except ParityError as error:
             raise VerifyError(f"the graph is not the model's: {error}") from error
 

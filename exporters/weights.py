@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 # Smaller tensors stay in the graph: a reader of its constants has them at hand.
-_SMALL = 256
+SMALL = 256
 # Tensors begin at a page, so that a reader can map them.
 _PAGE = 4096
 
 
 def base_forms(model: Any, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The base model's tensors in the forms the graph has them: `w`, or `w.T` where a product takes it transposed.
+    """The base model's tensors in the forms the graph has them: `w`, or `w.T` where all products take it transposed.
 
     To be asked before anything is opened or folded, so that the answer is that of the base model in every mode.
     """
@@ -34,12 +34,12 @@ def base_forms(model: Any, base: Mapping[str, torch.Tensor]) -> dict[str, torch.
     for name, value in model.graph.initializers.items():
         if name not in base:
             continue
-        turned = [use.node.op_type == "Transpose" for use in value.uses()]
-        if any(turned):
+        turned = [base[name].dim() == 2 and use.node.op_type == "Transpose" for use in value.uses()]
+        if turned and all(turned):
             forms[f"{name}.T"] = base[name].detach().t()
-        if not all(turned) or not turned:
+        else:
             forms[name] = base[name].detach()
-    return {name: forms[name] for name in sorted(forms) if forms[name].nbytes > _SMALL}
+    return {name: forms[name] for name in sorted(forms) if forms[name].nbytes > SMALL}
 
 
 def lay_out(model: Any, folder: Path, target: Path, forms: Mapping[str, torch.Tensor]) -> dict[Path, Path]:
@@ -54,7 +54,7 @@ def lay_out(model: Any, folder: Path, target: Path, forms: Mapping[str, torch.Te
     values = {
         name: value.const_value
         for name, value in initializers.items()
-        if value.const_value is not None and value.const_value.nbytes > _SMALL
+        if value.const_value is not None and value.const_value.nbytes > SMALL
     }
     shared = [name for name, value in values.items() if name in forms and _same(value, forms[name])]
     rest = {name: value for name, value in values.items() if name not in shared}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,13 +21,15 @@ _CONSTANTS = (bool, int, float, str, type(None))
 class Example:
     """Example inputs, all by parameter name: `tensors` become inputs of the graph, `constants` are baked into it.
 
-    `extra` are the names that `forward` takes through its `**catch_all`.
+    `extra` are the names that `forward` takes through its `**catch_all`. An argument that is a dict is in `nested` as
+    {argument: {key: name}}, and its values are among the tensors and constants.
     """
 
     tensors: dict[str, torch.Tensor]
     constants: dict[str, Any]
     catch_all: str = ""
     extra: tuple[str, ...] = ()
+    nested: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -38,11 +42,12 @@ class Example:
         return {**flat, self.catch_all: nested} if nested else flat
 
 
-def bind(model: torch.nn.Module, example_inputs: Any) -> Example:
+def bind(model: torch.nn.Module, example_inputs: Any, dicts: bool = False) -> Example:
     """Name every example input after the parameter of `model.forward` that takes it.
 
     `example_inputs` is a tuple (or list) of positional arguments or a mapping of keyword arguments; the values are
-    tensors, or constants (None, bool, int, float, str). Raises `ExportError` for anything else.
+    tensors, or constants (None, bool, int, float, str), and with `dicts` also dicts of these, whose entries are then
+    inputs under their keys. Raises `ExportError` for anything else.
     """
     signature = inspect.signature(model.forward)
     if isinstance(example_inputs, Mapping):
@@ -69,6 +74,18 @@ def bind(model: torch.nn.Module, example_inputs: Any) -> Example:
             raise ExportError(f"{type(model).__name__}.forward takes *{name}: inputs without a name cannot be exported")
         else:
             named[name] = value
+    nested = {}
+    if dicts:
+        for name in [name for name, value in named.items() if isinstance(value, Mapping)]:
+            entries = named.pop(name)
+            keys = {key: str(key) if str(key) not in named else f"{name}.{key}" for key in entries}
+            if not all(isinstance(key, str) for key in entries) or set(keys.values()) & set(named):
+                raise ExportError(
+                    f"example input {name!r} is a dict with the keys {listing(map(str, entries))}: give "
+                    "strings that no other input is called by"
+                )
+            nested[name] = keys
+            named.update({keys[key]: value for key, value in entries.items()})
     for name, value in named.items():
         if not isinstance(value, (torch.Tensor, *_CONSTANTS)):
             raise ExportError(
@@ -83,7 +100,15 @@ def bind(model: torch.nn.Module, example_inputs: Any) -> Example:
     caches = getattr(getattr(model, "config", None), "use_cache", None)
     if caches and "use_cache" not in named and "use_cache" in signature.parameters:
         constants["use_cache"] = False
-    return Example(tensors, constants, catch_all, extra)
+    return Example(tensors, constants, catch_all, extra, nested)
+
+
+def arguments(values: Mapping[str, Any], nested: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Keyword arguments for a model from tensors and constants by name; every tensor a copy, so that a model that
+    writes into its inputs leaves them as they were."""
+    given = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+    dicts = {name: {key: given.pop(flat) for key, flat in keys.items()} for name, keys in nested.items()}
+    return {**given, **dicts}
 
 
 def automatic_axes(example: Example) -> Axes:
@@ -225,12 +250,13 @@ def add_up(sizes: dict[str, int]) -> dict[str, int]:
     return {**sizes, **{symbol: sum(sizes[part] for part in parts) for symbol, parts in sums.items()}}
 
 
-def named_tensors(output: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+def named_tensors(output: Any, prefix: str = "", dropped: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a model's output, in order, under their names.
 
     Fields of a mapping (model-output dataclasses are mappings) keep their names, a nested one is joined with a dot, the
-    entries of a tuple are `output_0`, `output_1`, ..., and a single tensor is `output`. Raises `ExportError` for leaves
-    that are no tensors (a KV cache, for example).
+    entries of a tuple are `output_0`, `output_1`, ..., and a single tensor is `output`. Where `dropped` is given, plain
+    dataclasses are taken too, and numbers and texts go into it by name. Raises `ExportError` for leaves that are
+    something else (a KV cache, for example).
     """
     if isinstance(output, torch.Tensor):
         return {prefix or "output": output}
@@ -238,16 +264,35 @@ def named_tensors(output: Any, prefix: str = "") -> dict[str, torch.Tensor]:
         return {}
     if isinstance(output, Mapping):
         entries = [(str(key), value) for key, value in output.items()]
+    elif dropped is not None and dataclasses.is_dataclass(output) and not isinstance(output, type):
+        entries = [(one.name, getattr(output, one.name)) for one in dataclasses.fields(output)]
     elif isinstance(output, (tuple, list)):
         entries = [(str(index), value) for index, value in enumerate(output)]
         if not prefix:
             entries = [(f"output_{key}", value) for key, value in entries]
+    elif dropped is not None and isinstance(output, (*_CONSTANTS, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        dropped[prefix or "output"] = output
+        return {}
     else:
+        kind = type(output).__name__
+        hint = (
+            ". Pass use_cache=False, or export a decoder with cache=True: keys and values are inputs and outputs then"
+            if kind.endswith("Cache")
+            else ""
+        )
         raise ExportError(
-            f"the model's output {prefix or 'itself'} is a {type(output).__name__}; a graph gives tensors, in tuples, "
-            "lists and mappings"
+            f"the model's output {prefix or 'itself'} is a {kind}; a graph gives tensors, in tuples, "
+            f"lists, mappings and dataclasses{hint}"
         )
     found: dict[str, torch.Tensor] = {}
     for key, value in entries:
-        found.update(named_tensors(value, f"{prefix}.{key}" if prefix else key))
+        for name, tensor in named_tensors(value, f"{prefix}.{key}" if prefix else key, dropped).items():
+            found[free_name(name, found)] = tensor
     return found
+
+
+def free_name(name: str, taken: Container[str]) -> str:
+    """The name, with a number behind it where it is taken."""
+    if name not in taken:
+        return name
+    return next(f"{name}_{count}" for count in itertools.count(2) if f"{name}_{count}" not in taken)

@@ -179,9 +179,14 @@ def test_a_model_that_fixes_its_batch(tmp_path):
             return self.up(x) + torch.ones(4, 5)
 
     adapted = models.graft(Fixed().eval(), ["up"])
-    with pytest.raises(ExportError, match=r"fixes axis 0 \('batch'\) of input 'x' to 4"):
-        export_onnx(adapted, tmp_path / "m.onnx", (X,))
-    assert export_onnx(adapted, tmp_path / "m.onnx", (X,), dynamic_shapes={}).inputs == {"x": (4, 6)}
+    with pytest.raises(ExportError, match=r"(?s)cannot trace the model.*x'\].*specialized it to be a constant \(4\)"):
+        export_onnx(adapted, tmp_path / "m.onnx", (X,), dynamic_shapes={"x": {0: "rows"}})
+    # Nobody asked for this axis: the graph has the model's one size, and says so.
+    with pytest.warns(UserWarning, match=r"fixes axis 0 \('batch'\) of input 'x' to 4"):
+        export = export_onnx(adapted, tmp_path / "m.onnx", (X,))
+    assert export.inputs == {"x": (4, 6)} and not export.dynamic_axes and "to 4" in export.notes[0]
+    with pytest.raises(fg.SessionError, match=r"size 3 in axis 0"):
+        fg.OrtSession(tmp_path / "m.onnx").run({"x": X[:3]})
 
 
 def test_outputs_onnx_has_no_form_for(tmp_path):
