@@ -122,6 +122,7 @@ def spec_of(foreign: Foreign, model: nn.Module) -> Spec:
         common,
         targets=(exactly(foreign.methods),),
         train=tuple(_plain(path, known) for path in foreign.train),
+        keep_ties=False,  # PEFT trains a copy of each module of its own
         overrides={exactly(sites): method for method, sites in others.items()},
     )
 

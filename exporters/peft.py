@@ -67,6 +67,11 @@ def save_peft(
     }
     config["target_modules"] = _target_modules(config, root, list(sites), what)
     tensors |= {PREFIX + key: tensor for key, tensor in trained(root, name).items()}
+    for tie in record.ties:  # PEFT gives every module a copy of its own: equal values are the tie
+        own = modules[tie.path].state_dict()
+        tensors |= {f"{PREFIX}{tie.path}.{k}": t for k, t in own.items() if f"{PREFIX}{tie.path}.{k}" not in tensors}
+    for tie in record.ties:
+        tensors[PREFIX + tie.full] = tensors[f"{PREFIX}{tie.trained}.{tie.name}"]
     # clones: safetensors refuses views that share memory
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
@@ -96,7 +101,16 @@ def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: 
 
 
 def _modules_to_save(root: nn.Module, record: AdapterRecord, what: str) -> list[str] | None:
-    train = list(record.train)
+    train = [*record.train, *dict.fromkeys(tie.path for tie in record.ties)]
+    for path in train:
+        module = lookup(root, path)
+        if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+            raise CheckpointError(f"{what}: PEFT trains modules that it can call, and {path!r} is a list of parameters")
+        if path not in record.train and any(True for _ in module.children()):
+            raise CheckpointError(
+                f"{what}: {path!r} is tied to a module that it trains, and PEFT would train all that is inside it. "
+                "Save it with format='fxgraft', or train with Spec(keep_ties=False)"
+            )
     if train and (also := [name for name in saved_names(train, root) if name not in train]):
         raise CheckpointError(f"{what}: PEFT takes any name ending, and {train} would also train {listing(also)}")
     return train or None

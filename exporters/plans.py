@@ -15,6 +15,7 @@ from ..passes.bank import BANK, bank, bank_record
 from ..passes.forms import Twin, base_weights, form_of, opened, opened_bank, whole_weights
 from ..passes.merge import merge
 from ..rewriter.api import active, base_of, set_active
+from ..rewriter.dataflow import tied_names
 from ..rewriter.errors import AdapterError
 from ..rewriter.method import ADAPTER_IDS
 from ..rewriter.signature import Axes, Example
@@ -126,7 +127,10 @@ class Swappable(Plan):
                 default = tensors[leg].new_zeros([size if isinstance(size, int) else 0 for size in shape])
                 legs[leg] = graph.Leg(self.twin.keys[site][leg], shape, default)
             sites[site] = legs
-        heads = graph.open_trained(model, self.defaults)
+        # Of tied tensors the graph has one, under either name.
+        ties, there = tied_names(self.module), model.graph.initializers
+        keys = {key: next((n for n in sorted(ties.get(key, ())) if n in there), key) for key in self.defaults}
+        heads = graph.open_trained(model, self.defaults, {k: n for k, n in keys.items() if k not in there})
         return {**graph.open_sites(model, sites), **heads}
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:

@@ -60,7 +60,14 @@ class _Source:
         return {tensors.site.name: tensors for _, tensors in found if tensors.site is not None}
 
     def heads(self) -> dict[str, nn.Linear]:
-        return dict(_linears(self.name, trained_modules(self.root, self.name, record_of(self.root, self.name))))
+        record = record_of(self.root, self.name)
+        if record.ties:
+            raise AdapterError(
+                f"adapter {self.name!r} trains {record.ties[0].trained!r} and, tied to it, "
+                f"{listing(t.full for t in record.ties)}: a bank stacks linear layers only. Serve it on its own, or "
+                "train it with Spec(keep_ties=False)"
+            )
+        return dict(_linears(self.name, trained_modules(self.root, self.name, record)))
 
 
 def _linears(name: str, trained: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Linear]]:

@@ -110,6 +110,7 @@ def to_lora(adapted: M, name: str = "default") -> M:
         LoRA(rank=most, alpha=most),
         targets=sites_as_targets(record.sites),
         train=record.spec.train,
+        keep_ties=record.spec.keep_ties,
         overrides=overrides,
     )
     result = graft_adapter(base_of(root), spec, name, initialise=False)

@@ -24,7 +24,7 @@ from ..rewriter.spec import Spec
 from ..rewriter.state import AdapterTensors, base_modules, lookup, record_of, strip_wrappers, unwrap
 from ..rewriter.targets import resolve
 from .factors import compute_dtype, sites_as_targets, wide
-from .merge import fold_weights
+from .merge import fold_weights, follow, put_values
 from .methods.bank_dense import DenseBank
 from .methods.form_factors import Factors
 
@@ -127,8 +127,8 @@ def opened(adapted: nn.Module, name: str = "default") -> Twin:
     plain = strip_wrappers(base_of(root))
     modules = dict(base_modules(plain))
     for path, module in trained_modules(root, name, record).items():
-        parent, _, leaf = path.rpartition(".")
-        modules[parent]._modules[leaf] = module
+        put_values(modules[path], module)
+    follow(plain, record.ties)
     for key, tensor in whole.items():
         path, _, attribute = key.rpartition(".")
         modules[path].register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))

@@ -9,6 +9,7 @@ another parameter gets a tensor of its own, so the other one (an embedding) keep
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,13 +23,17 @@ from ..rewriter.errors import MergeError, listing
 from ..rewriter.state import (
     AdapterTensors,
     M,
+    Tie,
     base_modules,
     grafted_modules,
+    lookup,
     record_of,
     state_of,
     strip_wrappers,
     unwrap,
 )
+
+_TIES = "tie_word_embeddings"
 
 
 @torch.inference_mode(False)
@@ -65,14 +70,31 @@ def merge(adapted: M, names: Sequence[str] | None = None) -> M:
     for (path, attribute), tensor in replaced.items():
         full = f"{path}.{attribute}".lstrip(".")
         owners[path].register_parameter(attribute, nn.Parameter(tensor, requires_grad=full in state.trained))
-    for path, module in trained.items():
-        parent, _, leaf = path.rpartition(".")
-        copied = copy.deepcopy(module)
+    for path, copied in copy.deepcopy(trained).items():
         for n, parameter in copied.named_parameters():
             parameter.requires_grad_(f"{path}.{n}" in state.trained)
-        owners[parent]._modules[leaf] = copied
-    _untie(plain, {f"{p}.{a}".lstrip(".") for p, a in replaced} | {f"{p}.weight" for p in trained}, ties)
+        put_values(owners[path], copied)
+    for name in names:
+        follow(plain, state.adapters[name].ties)
+    now = tied_names(plain)
+    _untie(plain, [name for name, tied in ties.items() if now.get(name) != tied])
     return plain.train(root.training) if root.training != plain.training else plain
+
+
+def put_values(module: nn.Module, trained: nn.Module) -> None:
+    """Give a module of the base the parameters and buffers of its trained copy. The module stays: others, such as
+    methods bound to it, may hold it."""
+    for path, source in base_modules(trained):
+        target = lookup(module, path)
+        target._parameters.update(source._parameters)
+        target._buffers.update(source._buffers)
+
+
+def follow(plain: nn.Module, ties: Sequence[Tie]) -> None:
+    """Let parameters that are tied to trained ones be these again."""
+    for tie in ties:
+        holder, _, leaf = f"{tie.trained}.{tie.name}".rpartition(".")
+        lookup(plain, tie.path)._parameters[tie.attribute] = lookup(plain, holder)._parameters[leaf]
 
 
 def fold_weights(root: nn.Module, name: str, only: Callable[[AdapterTensors], bool]) -> dict[tuple[str, str], Tensor]:
@@ -176,10 +198,27 @@ def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _untie(plain: nn.Module, changed: set[str], ties: dict[str, frozenset[str]]) -> None:
+def _untie(plain: nn.Module, untied: Sequence[str]) -> None:
     """Tell a transformers model that its embedding and its head are no longer one tensor, or its next
     `save_pretrained` / `tie_weights` would overwrite the merged values."""
-    if any(name in ties for name in changed):
-        config = getattr(plain, "config", None)
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
+    if not untied:
+        return
+    configs = [m.config for _, m in base_modules(plain) if getattr(getattr(m, "config", None), _TIES, False)]
+    if not configs:
+        return
+    for _, module in base_modules(plain):
+        if _reads_ties(type(module)):
+            raise MergeError(
+                f"{listing(untied, 2)} are one tensor in the base model and not after merging, and the forward of "
+                f"{type(module).__name__} reads config.{_TIES}: untied it would compute something else. Adapt another "
+                "layer, or train the module in full with its ties kept (Spec(train=...))"
+            )
+    for config in configs:
+        setattr(config, _TIES, False)
+
+
+def _reads_ties(cls: type[nn.Module]) -> bool:
+    try:
+        return _TIES in inspect.getsource(cls.forward)
+    except (OSError, TypeError):  # no source to read: a class made at run time
+        return False

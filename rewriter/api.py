@@ -12,9 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from .adapterstate import AdapterState, check_same_function, methods_of
+from .dataflow import storage_key
 from .errors import AdapterError, listing, near_misses
 from .fastpath import set_fast_paths
-from .graft import ADAPTERS, activate, add_adapter, check_forward, drop_adapter, plain_view, restore_class, site_tensors
+from .graft import (
+    ADAPTERS,
+    activate,
+    add_adapter,
+    check_forward,
+    drop_adapter,
+    plain_view,
+    restore_class,
+    site_tensors,
+    tie,
+)
 from .inputs import release_inputs, take_inputs
 from .method import Decl, Declaration, InitContext, Method
 from .plan import Plan, Shape, declare, plan
@@ -25,6 +36,7 @@ from .spec import Spec
 from .state import (
     SHARED,
     STATE,
+    TIED,
     AdapterRecord,
     AdapterTensors,
     Container,
@@ -40,7 +52,7 @@ from .state import (
     state_of,
     unwrap,
 )
-from .targets import Resolution, check_name, resolve
+from .targets import Resolution, check_name, resolve, warn_untied
 from .tuners import check_no_tuners
 
 T = TypeVar("T")
@@ -78,6 +90,7 @@ def rewrite(model: T, spec: Spec, name: str = "default", *, dtype: torch.dtype |
         raise AdapterError(
             f"rewrite({type(model).__name__}, ...): give an nn.Module, an fx.GraphModule or an ExportedProgram"
         )
+    warn_untied(unwrap(model), spec)
     return graft_adapter(model, spec, name, dtype=dtype, update=update)  # type: ignore[return-value]
 
 
@@ -123,9 +136,12 @@ def graft_adapter(
     modules = grafted_modules(adapted)
     for index, (group, tensors) in enumerate(zip(groups, declared, strict=True)):
         _create(adapted, modules, group, tensors, index, name, dtype, update, initialise)
-    for path in resolution.train:
-        add_adapter(modules[path], name, _trainable_copy(modules[path], name))
-    state.adapters[name] = AdapterRecord(spec, groups, resolution.train)
+    copies = _trainable_copies(modules, resolution.train)
+    for path, twin in copies.items():
+        add_adapter(modules[path], name, twin)
+    for tied in resolution.ties:
+        tie(modules[tied.path], name, tied.attribute, copies[tied.trained], tied.name)
+    state.adapters[name] = AdapterRecord(spec, groups, resolution.train, ties=resolution.ties)
     set_active(adapted, [name])
     take_over_saving(adapted)
     return adapted
@@ -194,15 +210,22 @@ def _create(
             group.method.initialise(group.sites, common, local, InitContext(weights, update))
 
 
-def _trainable_copy(module: nn.Module, name: str) -> nn.Module:
-    """A copy with tensors of its own, from the base values."""
-    if ADAPTERS in module._modules:  # another adapter trains this module too: start from the base, not from that one
-        module = plain_view(module)
-    twin = copy.deepcopy(module)
-    for parameter in twin.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    return twin
+def _trainable_copies(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> dict[str, nn.Module]:
+    """Copies with tensors of their own, from the base values; what is tied among them stays tied."""
+    memo: dict[int, Any] = {}
+    first: dict[tuple[object, ...], nn.Parameter] = {}
+    copies = {}
+    for path in paths:
+        module = plain_view(modules[path])  # another adapter may train it too: start from the base, not from that one
+        for _, parameter in base_parameters(module):
+            same = first.setdefault(storage_key(parameter), parameter)
+            if same is not parameter:  # two parameters over one memory
+                memo[id(parameter)] = memo[id(same)] if id(same) in memo else copy.deepcopy(same, memo)
+        copies[path] = twin = copy.deepcopy(module, memo)
+        for parameter in twin.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+    return copies
 
 
 # -- switching ---------------------------------------------------------------------------------------------------
@@ -227,13 +250,22 @@ def set_active(model: nn.Module, names: Sequence[str]) -> None:
         raise AdapterError(f"set_active(model, {list(names)}): each adapter at most once")
     trained_by: dict[str, str] = {}
     for name in names:
-        for path in state.adapters[name].train:
+        for path in (*state.adapters[name].train, *dict.fromkeys(t.path for t in state.adapters[name].ties)):
             if path in trained_by:
                 raise AdapterError(
                     f"adapters {trained_by[path]!r} and {name!r} both bring their own trained {path!r}: only one of "
                     "them can be active"
                 )
             trained_by[path] = name
+    follows = {(t.path, t.attribute): (n, t.trained) for n in names for t in state.adapters[n].ties}
+    for name in names:
+        for site in state.adapters[name].sites:
+            if (site.owner, site.weight) in follows:
+                other, path = follows[site.owner, site.weight]
+                raise AdapterError(
+                    f"adapter {name!r} is on {site.name!r}, which is tied to {path!r} that {other!r} trains in full: "
+                    "only one of them can be active"
+                )
     _apply_active(root, state, names)
 
 
@@ -256,6 +288,7 @@ def _apply_active(root: nn.Module, state: ModelState, names: tuple[str, ...]) ->
 def _owners(record: AdapterRecord) -> Iterator[str]:
     yield from dict.fromkeys(site.owner for site in record.sites)
     yield from record.train
+    yield from dict.fromkeys(tied.path for tied in record.ties)
 
 
 @contextlib.contextmanager
@@ -413,7 +446,7 @@ def remove(model: nn.Module, name: str) -> None:
     modules = grafted_modules(root)
     for path in _owners(record):
         drop_adapter(modules[path], name)
-        if ADAPTERS not in modules[path]._modules:
+        if ADAPTERS not in modules[path]._modules and TIED not in modules[path].__dict__:
             restore_class(modules[path])
     container = root._modules.get(SHARED)
     if container is not None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from .api import adapter_modules, trained_modules
+from .dataflow import tied_names
+from .errors import listing
 from .graft import PROVENANCE
 from .passbase import PassResult
-from .state import AdapterTensors, grafted_modules, state_of, unwrap
+from .state import AdapterRecord, AdapterTensors, grafted_modules, state_of, unwrap
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Row:
         tensors: name -> shape of what it holds.
         trainable: number of trained parameters; bytes: resident bytes, derived tensors included.
         made_by: the pass that made it.
+        tied: what it is tied to, and whether that follows.
     """
 
     adapter: str
@@ -35,6 +39,7 @@ class Row:
     trainable: int
     bytes: int
     made_by: str
+    tied: str = ""
 
 
 COMPILED = "_fxgraft_compiled"  # attribute of a compiled model's root: a note for each graph
@@ -112,7 +117,8 @@ class Explanation:
         for row in self.rows:
             tensors = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in row.tensors.items())
             counts = (f"{row.trainable:,}", f"{row.bytes:,}")
-            table.add_row(row.adapter, row.site, row.method, row.shape, tensors, *counts, row.made_by)
+            site = f"{row.site} ({row.tied})" if row.tied else row.site
+            table.add_row(row.adapter, site, row.method, row.shape, tensors, *counts, row.made_by)
         out = io.StringIO()
         Console(file=out, width=140).print(table)
         share = self.trainable / self.base if self.base else 0.0
@@ -141,21 +147,33 @@ def _row(adapter: str, kind: str, site: str, module: AdapterTensors, made_by: st
     )
 
 
+def _told_ties(own: set[str], ties: Mapping[str, frozenset[str]], record: AdapterRecord) -> str:
+    """What these base parameters are tied to."""
+    others = {other for name in own for other in ties.get(name, ())} - own
+    follow = {tie.full for tie in record.ties}
+    said = (("which follow", others & follow), ("which keep the base's values", others - follow))
+    return "; ".join(f"tied to {listing(sorted(names), 4)}, {what}" for what, names in said if names)
+
+
 def explain(model: nn.Module) -> Explanation:
     """Describe every adapter of an adapted model. Raises `AdapterError` for a model without any."""
     root, state = unwrap(model), state_of(model)
     modules = grafted_modules(root)
+    ties = tied_names(root)
     rows = []
     for name, record in state.adapters.items():
         for prefix, tensors in adapter_modules(root, name, record, modules):
             if tensors.site is None:
                 rows.append(_row(name, "shared", f"(shared by {len(record.sites)} sites)", tensors, record.created_by))
             else:
-                rows.append(_row(name, "site", prefix[:-1] or "(root)", tensors, record.created_by))
+                row = _row(name, "site", prefix[:-1] or "(root)", tensors, record.created_by)
+                weight = f"{tensors.site.owner}.{tensors.site.weight}".lstrip(".")
+                rows.append(replace(row, tied=_told_ties({weight}, ties, record)))
         for path, module in trained_modules(root, name, record, modules).items():
             held = dict(module.state_dict())
             shapes, count = {n: tuple(t.shape) for n, t in held.items()}, sum(p.numel() for p in module.parameters())
-            rows.append(Row(name, "trained", path, "full", "", shapes, count, _bytes(held), record.created_by))
+            told = _told_ties({f"{path}.{n}" for n in held}, ties, record)
+            rows.append(Row(name, "trained", path, "full", "", shapes, count, _bytes(held), record.created_by, told))
     unique = {id(p): p for m in modules.values() for p in m._parameters.values() if p is not None}
     base = sum(p.numel() for p in unique.values())
     return Explanation(tuple(rows), state.active, base, tuple(root.__dict__.get(COMPILED, ())))

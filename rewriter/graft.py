@@ -25,10 +25,11 @@ from .errors import AdapterError, CaptureError
 from .method import Method
 from .percall import current
 from .sites import NoMatch, Site, find_linears
-from .state import ADAPTERS, AdapterTensors, Container
+from .state import ADAPTERS, TIED, AdapterTensors, Container, lookup
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
 _HOOKED = "_old_forward"  # plain attribute where accelerate keeps the forward that its hook on a module calls
+FOLLOWS = "fxgraft_follows"  # plain attribute: what of TIED is active
 BASE = "fxgraft_base"  # plain attribute of an owner: its class before grafting
 PROVENANCE = "fxgraft"  # key in node.meta
 
@@ -94,7 +95,8 @@ def plain_view(module: nn.Module) -> nn.Module:
         return module
     base = base_class(module)
     view = base.__new__(base)
-    hidden = (SLOT, BASE, "forward", _HOOKED) if _hooked(module) else (SLOT, BASE)
+    hidden: tuple[str, ...] = (SLOT, BASE, TIED, FOLLOWS)
+    hidden += ("forward", _HOOKED) if _hooked(module) else ()
     view.__dict__ = {k: v for k, v in attributes(module).items() if not k.startswith(hidden)}
     view.__dict__["_modules"] = {k: v for k, v in module._modules.items() if not isinstance(v, Container)}
     return view
@@ -130,11 +132,21 @@ def add_adapter(owner: nn.Module, name: str, child: nn.Module, key: str = "") ->
 
 
 def drop_adapter(owner: nn.Module, name: str) -> None:
-    """Undo `add_adapter`; the last adapter takes the container with it. Slots must not point at it any more."""
-    adapters = owner._modules[ADAPTERS]
-    del adapters._modules[name]  # type: ignore[union-attr]
-    if not adapters._modules:  # type: ignore[union-attr]
-        del owner._modules[ADAPTERS]
+    """Undo `add_adapter` and `tie`; the last adapter takes the container with it. No slot may point at it any more."""
+    if (adapters := owner._modules.get(ADAPTERS)) is not None:
+        adapters._modules.pop(name, None)
+        if not adapters._modules:
+            del owner._modules[ADAPTERS]
+    if (ties := owner.__dict__.get(TIED)) is not None:
+        ties.pop(name, None)
+        if not ties:
+            del owner.__dict__[TIED]
+
+
+def tie(module: nn.Module, adapter: str, attribute: str, trained: nn.Module, name: str) -> None:
+    """Let a parameter of a module be that of a trained copy while the adapter is active."""
+    path, _, leaf = name.rpartition(".")
+    module.__dict__.setdefault(TIED, {}).setdefault(adapter, {})[attribute] = (lookup(trained, path), leaf)
 
 
 def activate(owner: nn.Module, names: Sequence[str]) -> None:
@@ -149,6 +161,10 @@ def activate(owner: nn.Module, names: Sequence[str]) -> None:
         child = adapters._modules[name]
         slots += site_tensors(owner, name) if isinstance(child, Container) else [child]  # type: ignore[list-item]
     owner.__dict__.setdefault(BASE, type(owner))
+    owner.__dict__.pop(FOLLOWS, None)
+    for name in names:
+        if ties := owner.__dict__.get(TIED, {}).get(name):
+            owner.__dict__.setdefault(FOLLOWS, {}).update(ties)
     for index, tensors in enumerate(slots):
         owner.__dict__[f"{SLOT}{index}"] = tensors
     _set_class(owner)
@@ -158,6 +174,7 @@ def restore_class(owner: nn.Module) -> None:
     """Give an owner without adapters its original class back."""
     for attribute in [a for a in owner.__dict__ if a.startswith(SLOT)]:
         del owner.__dict__[attribute]
+    owner.__dict__.pop(FOLLOWS, None)
     owner.__class__ = owner.__dict__.pop(BASE)
     _follow_class(owner)
 
@@ -200,10 +217,11 @@ def _choose_class(owner: nn.Module) -> None:
     slots = _slots(owner)
     base = base_class(owner)
     if slots and not isinstance(slots[0], AdapterTensors):
-        owner.__class__ = _retrained_class(base)
+        owner.__class__ = _retrained_class(base, owner)
         return
     if not slots:
-        owner.__class__ = _class((base, None), base, {})
+        follows = tuple((name, held) for name, (_, held) in owner.__dict__.get(FOLLOWS, {}).items())
+        owner.__class__ = _class((base, follows), base, {name: _followed(name) for name, _ in follows})
         return
     view = plain_view(owner)
     traced = trace(view)
@@ -225,13 +243,39 @@ def _class(key: tuple[Any, ...], base: type[nn.Module], namespace: Mapping[str, 
     return known
 
 
-def _retrained_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A class that hands calls to the trained copy in slot 0: the base module keeps its keys and its values."""
+def _followed(name: str) -> property:
+    """A parameter of a module, read from the trained copy that it is tied to."""
+    return property(lambda self: getattr(*self.fxgraft_follows[name]))
+
+
+#: how a parent reads lists and dictionaries of modules and parameters, and an `nn.Sequential`
+_CONTAINER_READS = ("__getitem__", "__iter__", "__len__", "__contains__", "__reversed__", "keys", "values", "items")
+
+
+def _retrained_class(base: type[nn.Module], owner: nn.Module) -> type[nn.Module]:
+    """A class that stands for the trained copy in slot 0 in calls and reads; its own tensors stay the base's.
+
+    A parent that reads `child.weight`, indexes a list of modules or calls another method than forward gets the trained
+    values too.
+    """
+    children = (name for name, child in owner._modules.items() if not isinstance(child, Container))
+    names = (*owner._parameters, *owner._buffers, *children)
+
+    def handed_on(method: str) -> Any:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self.fxgraft_slot0, method)(*args, **kwargs)
+
+        return call
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.fxgraft_slot0(*args, **kwargs)  # type: ignore[operator]
 
-    return _class((base, "retrained"), base, {"forward": forward})
+    def read(name: str) -> property:
+        return property(lambda self: getattr(self.fxgraft_slot0, name))
+
+    namespace = {name: read(name) for name in names}
+    namespace |= {method: handed_on(method) for method in _CONTAINER_READS if hasattr(base, method)}
+    return _class((base, "retrained", names), base, {**namespace, "forward": forward})
 
 
 def _compile(graph: fx.Graph, name: str) -> Any:

@@ -74,7 +74,9 @@ class Spec(Config):
             name (`"re:.*layer\\.[0-5]\\..*query"`), `"all-linear"` (every linear but the output head), or `Target` for
             parts of a fused weight. Each must match something.
         exclude: patterns taken out of the matches.
-        train: modules that are trained in full and saved with the adapter (task heads).
+        train: modules that are trained in full and saved with the adapter (task heads, embeddings, lists of modules).
+        keep_ties: what is tied to a parameter of a trained module (the embedding of a tied head) computes with the
+            trained one too. False unties it: it keeps the base's values.
         overrides: pattern -> another method config for the matched sites; the first matching pattern counts.
     """
 
@@ -83,6 +85,7 @@ class Spec(Config):
     exclude: Sequence[str] | str = ()
     train: Sequence[str] | str = ()
     overrides: Mapping[str, Method] = field(default_factory=dict)
+    keep_ties: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -96,6 +99,8 @@ class Spec(Config):
                 _check_pattern(target, "Spec(targets=...)")
         for pattern in (*self.exclude, *self.train):
             _check_pattern(pattern, "Spec(exclude/train=...)")
+        if not isinstance(self.keep_ties, bool):
+            raise SpecError(f"Spec(keep_ties={self.keep_ties!r}): allowed are True and False")
         object.__setattr__(self, "overrides", dict(self.overrides))
         for pattern, method in self.overrides.items():
             _check_pattern(pattern, "Spec(overrides=...)")
@@ -104,6 +109,7 @@ class Spec(Config):
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""
+        ties = {"keep_ties": self.keep_ties} if self.train else {}
         return {
             "method": self.method.to_dict(),
             "targets": [
@@ -113,12 +119,13 @@ class Spec(Config):
             "exclude": list(self.exclude),
             "train": list(self.train),
             "overrides": {pattern: method.to_dict() for pattern, method in self.overrides.items()},
+            **ties,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Spec:
         """The inverse of `to_dict`. Raises `SpecError` on anything it does not understand."""
-        known = {"method", "targets", "exclude", "train", "overrides"}
+        known = {"method", "targets", "exclude", "train", "overrides", "keep_ties"}
         if not isinstance(data, Mapping) or not {"method"} <= set(data) <= known:
             raise SpecError(f"a spec has the keys {sorted(known)} (method is required), given was {data!r}")
         overrides = data.get("overrides", {})
@@ -129,6 +136,7 @@ class Spec(Config):
             targets=tuple(map(_target_from, _names(data.get("targets", [ALL_LINEAR]), "targets"))),
             exclude=_names(data.get("exclude", ()), "exclude"),
             train=_names(data.get("train", ()), "train"),
+            keep_ties=data.get("keep_ties", not data.get("train")),  # written before there were ties: untied
             overrides={p: method_from_dict(m) for p, m in overrides.items()},
         )
 

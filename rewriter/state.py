@@ -17,6 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 
 STATE = "_fxgraft"  # the record, in the root's __dict__
 ADAPTERS = "fxgraft"  # child of every owner: its adapters by name
+TIED = "fxgraft_tied"  # plain attribute: adapter -> parameter -> (module of a trained copy, its parameter instead)
 SHARED = "fxgraft_shared"  # child of the root: tensors that sites share
 
 
@@ -29,13 +30,33 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """A parameter that is tied to one of a trained module, and computes with the trained one.
+
+    Args:
+        path, attribute: the module and its parameter.
+        trained, name: the trained module, and the parameter in it.
+    """
+
+    path: str
+    attribute: str
+    trained: str
+    name: str
+
+    @property
+    def full(self) -> str:
+        return f"{self.path}.{self.attribute}".lstrip(".")
+
+
+@dataclass(frozen=True)
 class AdapterRecord:
-    """One named adapter: its spec as given, its resolved sites, the modules trained with it."""
+    """One named adapter: its spec as given, its resolved sites, the modules trained with it and what follows them."""
 
     spec: Spec
     groups: tuple[Group, ...]
     train: tuple[str, ...]
     created_by: str = "graft"
+    ties: tuple[Tie, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> AdapterRecord:
         return self
@@ -196,7 +217,9 @@ def forget_lost(model: nn.Module, name: str) -> AdapterRecord:
     if lost:
         groups = (Group(g.method, tuple(s for s in g.sites if s.name not in lost)) for g in record.groups)
         train = tuple(path for path in record.train if path not in lost)
-        record = state.adapters[name] = replace(record, groups=tuple(g for g in groups if g.sites), train=train)
+        ties = tuple(tie for tie in record.ties if tie.path not in lost)
+        kept = tuple(group for group in groups if group.sites)
+        record = state.adapters[name] = replace(record, groups=kept, train=train, ties=ties)
     return record
 
 
@@ -208,7 +231,8 @@ def _lost(record: AdapterRecord, name: str, modules: Mapping[str, nn.Module]) ->
         return adapters is not None and name in adapters._modules
 
     lost = [site.name for site in record.sites if not grafted(site.owner)]
-    return lost + [path for path in record.train if not grafted(path)]
+    lost += [path for path in record.train if not grafted(path)]
+    return lost + [t.path for t in record.ties if t.path not in modules or TIED not in modules[t.path].__dict__]
 
 
 def grafted_modules(model: nn.Module) -> dict[str, nn.Module]:

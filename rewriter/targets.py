@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from .graft import base_class, plain_view
 from .method import Method
 from .sites import LinearNode, NoMatch, Site, find_linears
 from .spec import ALL_LINEAR, Spec, Target
-from .state import base_modules, find_state, unwrap
+from .state import Tie, base_modules, base_parameters, find_state, unwrap
 
 #: last path components that name an output head in models that do not declare one
 HEAD_NAMES = frozenset(
@@ -36,6 +36,7 @@ class Resolution:
 
     sites: tuple[tuple[Site, Method], ...]
     train: tuple[str, ...]
+    ties: tuple[Tie, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,56 @@ def _train_modules(spec: Spec, modules: Mapping[str, nn.Module]) -> tuple[str, .
         for name in hits:
             if next(modules[name].parameters(), None) is None:
                 raise TargetError(f"train {pattern!r}: {name!r} has no parameters to train")
-        train += [n for n in hits if n not in train]
+        train += [n for hit in hits for n in _parts(hit, modules) if n not in train]
     return tuple(train)
+
+
+def _parts(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """A module to train, or the parts of a list of modules: a parent goes through the list and calls these."""
+    module = modules[path]
+    own = [*module._parameters.values(), *module._buffers.values()]
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) or own:
+        return [path]
+    # a module that stands at several places has one name here
+    children = [n for n in modules if n.startswith(f"{path}.") and "." not in n[len(path) + 1 :]]
+    held = [n for n in children if next(modules[n].parameters(), None) is not None]
+    return [part for child in held for part in _parts(child, modules)]
+
+
+def ties_of(model: nn.Module, train: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[Tie, ...]:
+    """Every parameter outside the trained modules that is tied to one inside."""
+    tied = tied_names(model) if train else {}
+    found: dict[str, Tie] = {}
+    for path in train:
+        for name, _ in base_parameters(modules[path]):
+            for other in sorted(tied.get(f"{path}.{name}", ())):
+                holder, _, attribute = other.rpartition(".")
+                if not _inside(holder, train) and holder in modules:  # a module at two places counts once
+                    found.setdefault(other, Tie(holder, attribute, path, name))
+    return tuple(found.values())
+
+
+def warn_untied(model: nn.Module, spec: Spec) -> None:
+    """Say which parameters keep the base's values although a trained one was tied to them."""
+    if spec.train and not spec.keep_ties:
+        modules = dict(base_modules(model))
+        if ties := ties_of(model, _train_modules(spec, modules), modules):
+            warnings.warn(
+                f"keep_ties=False unties {ties[0].trained!r} from {listing(tie.full for tie in ties)}, which keeps the "
+                "base's values",
+                stacklevel=3,
+            )
+
+
+def _check_ties(sites: Iterable[Site], ties: Iterable[Tie]) -> None:
+    follows = {(tie.path, tie.attribute): tie for tie in ties}
+    for site in sites:
+        if (tie := follows.get((site.owner, site.weight))) is not None:
+            raise TargetError(
+                f"{site.name!r} is tied to {tie.trained!r}, which is trained in full and it with it: an adapter there "
+                "would be on top of a weight that is trained already. Take one of them out, or set "
+                "Spec(keep_ties=False), which unties them"
+            )
 
 
 def resolve(model: nn.Module, spec: Spec) -> Resolution:
@@ -264,7 +313,9 @@ def resolve(model: nn.Module, spec: Spec) -> Resolution:
         warnings.warn(f"{ALL_LINEAR!r} left out {len(left_out)} layer(s): {'; '.join(left_out[:4])}", stacklevel=3)
     if not sites:
         raise TargetError(f"{ALL_LINEAR!r} found no linear layer that can be adapted in this {type(model).__name__}")
-    return Resolution(tuple(sites), train)
+    ties = ties_of(model, train, modules) if spec.keep_ties else ()
+    _check_ties((site for site, _ in sites), ties)
+    return Resolution(tuple(sites), train, ties)
 
 
 def check_name(model: nn.Module, name: Any) -> None:
