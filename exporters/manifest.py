@@ -17,11 +17,10 @@ _SAMPLES = 64
 
 def versions() -> dict[str, str]:
     """Versions of everything that took part in an export."""
+    import onnx
     import onnx_ir
     import onnxruntime
     import onnxscript
-
-    import onnx
 
     modules = (torch, onnx, onnx_ir, onnxscript, onnxruntime)
     return {module.__name__: str(module.__version__) for module in modules}
