@@ -9,7 +9,8 @@ The format is onnxruntime's: tensors by name, and two version numbers. It has no
                     gives. `OrtSession` expands them.
     3, frozen       tensors that structured files beside it leave to this one, which is named after its content.
 
-The model version is a fingerprint of the base weights.
+The model version is a fingerprint of the base weights. Behind the last byte of onnxruntime's format, which it does not
+read, stands a hash of all bytes before; files of other programs have none and are read as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +28,12 @@ import torch
 
 from ..rewriter.errors import CheckpointError
 from . import manifest
+from .bounded import as_path, check_regular, load_json
 from .ort_values import to_ort, to_torch
 
 EXPANDED, STRUCTURED, FROZEN = 1, 2, 3
+_SEAL, _HASH, _TAIL = b"fxgraft-sha256:", 64, 4096
+_HEX = re.compile(rb"[0-9a-f]{16}\Z")  # the end of a hash
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def write_file(content: AdapterFile, path: Path) -> None:
     made.set_model_version(content.model_version)
     made.set_parameters({key: to_ort(tensor) for key, tensor in tensors.items()})
     made.export_adapter(str(path))
+    with path.open("ab") as file:
+        file.write(_SEAL + hashlib.sha256(path.read_bytes()).hexdigest().encode())
 
 
 def leave_frozen(content: AdapterFile, frozen: Mapping[str, torch.Tensor]) -> tuple[AdapterFile, AdapterFile, str]:
@@ -107,8 +114,13 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
 def _read(path: str | os.PathLike[str]) -> AdapterFile:
     import onnxruntime
 
-    if not Path(path).is_file():
-        raise CheckpointError(f"there is no adapter file {str(path)!r}")
+    path = as_path(path)
+    try:
+        _check_seal(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"there is no adapter file {str(path)!r}") from error
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
     try:
         content = onnxruntime.AdapterFormat.read_adapter(str(path))
         # Copies: the file's own values are views of a mapping that changes when somebody rewrites the file.
@@ -124,11 +136,29 @@ def _read(path: str | os.PathLike[str]) -> AdapterFile:
     return AdapterFile(values, described, content.get_adapter_version(), content.get_model_version())
 
 
+def _check_seal(path: Path) -> None:
+    """Raise where the bytes are not those that were written; where there is no trace of a seal, nothing is known."""
+    check_regular(path)
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END) - len(_SEAL) - _HASH
+        file.seek(max(size - _TAIL, 0))
+        tail = file.read()
+        if _SEAL not in tail and not _HEX.search(tail):
+            return
+        file.seek(0)
+        told = hashlib.sha256()
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            told.update(block)
+            size -= len(block)
+    if tail[-len(_SEAL) - _HASH :] != _SEAL + told.hexdigest().encode():
+        raise CheckpointError(f"{str(path)!r} is damaged or was changed: its content does not match its hash")
+
+
 def _parsed(text: torch.Tensor | None, path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        described = json.loads(bytes(text.numpy()))
+        described = load_json(bytes(text.contiguous().view(torch.uint8).numpy()))
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r}: its {manifest.KEY} is no JSON: {error}") from error
     if not isinstance(described, dict):

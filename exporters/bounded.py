@@ -41,6 +41,23 @@ def read_small(path: Path) -> tuple[bytes, Identity]:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
 
 
+def as_path(given: str | os.PathLike[str]) -> Path:
+    """A path, or `CheckpointError` for what cannot be one."""
+    try:
+        path = Path(given)
+    except TypeError as error:
+        raise CheckpointError(f"{given!r} is not a path: {error}") from error
+    if "\0" in str(path):
+        raise CheckpointError(f"{given!r} is not a path: it has a NUL byte")
+    return path
+
+
+def check_regular(path: Path) -> None:
+    """Raise for pipes, devices and folders. `OSError` of a path that leads nowhere is the caller's to word."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"{str(path)!r} is not a regular file")
+
+
 def same_file(path: Path, identity: Identity) -> bool:
     """Whether the path still leads to the file that was read."""
     try:
@@ -54,16 +71,26 @@ def _identity(about: os.stat_result) -> Identity:
 
 
 def parse_json(text: bytes, where: Any) -> dict[str, Any]:
-    """A JSON object; a UTF-8 byte order mark may stand before it.
+    """A JSON object; a UTF-8 byte order mark may stand before it. Raises `CheckpointError`."""
+    try:
+        config = load_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{str(where)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{str(where)!r} holds {type(config).__name__}, expected an object")
+    return config
+
+
+def load_json(text: bytes) -> Any:
+    """A JSON value.
 
     Raises:
-        CheckpointError: no JSON, nested without end, numbers no config has, or one key twice.
+        ValueError: no JSON in UTF-8, nested without end, numbers that no config has, or one key twice.
     """
-    where = str(where)
     if text.startswith(_WIDE) or b"\0" in text[:4]:
-        raise CheckpointError(f"{where!r} cannot be read as JSON: it is UTF-16 or UTF-32 text. Save it as UTF-8")
+        raise ValueError("it is UTF-16 or UTF-32 text. Save it as UTF-8")
     try:
-        config = json.loads(
+        return json.loads(
             text.decode("utf-8-sig"),
             object_pairs_hook=_unique,
             parse_int=_whole,
@@ -71,12 +98,7 @@ def parse_json(text: bytes, where: Any) -> dict[str, Any]:
             parse_constant=_finite,
         )
     except RecursionError as error:
-        raise CheckpointError(f"{where!r} cannot be read as JSON: it is nested too deeply") from error
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
-        raise CheckpointError(f"{where!r} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{where!r} holds {type(config).__name__}, expected an object")
-    return config
+        raise ValueError("it is nested too deeply") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

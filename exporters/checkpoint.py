@@ -11,8 +11,9 @@ from torch import nn
 from ..rewriter.errors import CheckpointError, SpecError, listing
 from ..rewriter.state import M
 from .authors import reader_of
+from .bounded import as_path
 from .fill import check_derived
-from .folder import CONFIG, DERIVED, WEIGHTS, as_path, check_config_is_theirs, read_folder
+from .folder import CONFIG, DERIVED, WEIGHTS, check_config_is_theirs, read_folder
 from .foreign import graft
 from .foreign_keys import plain_keys
 from .native import FORMAT, load_native, save_native

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..backends.staging import locked, move, workspace
 from ..rewriter.errors import CheckpointError, listing
-from .bounded import Identity, parse_json, read_small, same_file
+from .bounded import Identity, as_path, parse_json, read_small, same_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: entries of the metadata: the config's text, the hash of the config it replaces (empty: none), that of the tensors
@@ -107,17 +107,6 @@ def _hash_of(config: Path) -> str:
         return hashlib.sha256(read_small(config)[0]).hexdigest()
     except (FileNotFoundError, CheckpointError):
         return ""
-
-
-def as_path(directory: str | os.PathLike[str]) -> Path:
-    """The path of a folder, or `CheckpointError` for what cannot be one."""
-    try:
-        folder = Path(directory)
-    except TypeError as error:
-        raise CheckpointError(f"{directory!r} is not a path of a folder: {error}") from error
-    if "\0" in str(folder):
-        raise CheckpointError(f"{directory!r} is not a path of a folder: it has a NUL byte")
-    return folder
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..rewriter.errors import CheckpointError, listing
+from ..rewriter.errors import CheckpointError, SpecError, listing
 from ..rewriter.graft import base_class
+from ..rewriter.patterns import full_match
 from ..rewriter.state import base_modules, unwrap
 from .foreign import empty
 from .foreign_keys import PREFIX, base_weights, embeddings
@@ -78,11 +79,12 @@ def attention_outputs(model: nn.Module) -> set[str]:
     return {f"{name}.out_proj".lstrip(".") for name, m in modules if issubclass(base_class(m), nn.MultiheadAttention)}
 
 
-def _regex(pattern: str, name: str, what: str) -> bool:
+def _regex(pattern: str, name: str, what: str) -> Any:
+    """The match of a whole name, or None."""
     try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise CheckpointError(f"{what}: {pattern!r} in its config is not a regular expression: {error}") from error
+        return full_match(pattern, name)
+    except SpecError as error:
+        raise CheckpointError(f"{what}: in its config, {error}") from error
 
 
 def _names(given: Any, key: str, what: str) -> list[str]:
@@ -95,13 +97,13 @@ def _ends(name: str, endings: Iterable[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
-def _layer(name: str, patterns: Any) -> int | None:
+def _layer(name: str, patterns: Any, what: str) -> int | None:
     """The first layer number in a dotted name."""
     if not patterns:
         found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         return int(found[1]) if found else None
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:.*?\.)??{pattern}\.(?P<number>\d+)\.", name)
+    for pattern in [patterns] if isinstance(patterns, str) else _names(patterns, "layers_pattern", what):
+        found = _regex(rf"(?:.*?\.)??{pattern}\.(?P<number>\d+)\..*", name, what)
         if found:
             return int(found["number"])
     return None
@@ -157,7 +159,7 @@ def target_names(config: Mapping[str, Any], model: nn.Module, what: str) -> list
         else:
             hit = name in targets  # an exact name is taken whatever layers are chosen
             if not hit and _ends(name, targets):
-                hit = not chosen_layers or _layer(name, layers_pattern) in chosen_layers
+                hit = not chosen_layers or _layer(name, layers_pattern, what) in chosen_layers
         if hit:
             found.append(name)
     return found

@@ -47,9 +47,9 @@ class PathSearch:
 
 def search_paths(
     supernet: nn.Module, evaluate: Callable[[nn.Module], float], *, max_params: int | None = None, min_params: int = 0,
-    generations: int = 20, population: int = 50, top: int = 10, mutations: int = 25, crossovers: int = 25,
-    p: float = 0.2, seed: int = 0, name: str = "default", storage: Any = None, study_name: str = "glora",
-    progress: bool = True,
+    generations: int = 20, population: int = 50, top: int = 10, mutations: int | None = None,
+    crossovers: int | None = None, p: float = 0.2, seed: int = 0, name: str = "default", storage: Any = None,
+    study_name: str = "glora", progress: bool = True,
 ) -> PathSearch:  # fmt: skip
     """Find the paths with the best score among those within a budget of trainable parameters. Nothing is retrained.
 
@@ -60,7 +60,8 @@ def search_paths(
         max_params, min_params: the cap and the floor on the parameters of the chosen paths (trained heads not counted).
         generations, population: 20 x 50 candidates in all, the first, random generation included.
         top: how many of the best so far are parents.
-        mutations, crossovers: how many of a generation are made which way; the rest of it is random.
+        mutations, crossovers: how many of a generation are made which way; the rest of it is random. None: half of the
+            population each, or what the other leaves of it.
         p: probability that a mutation redraws a tensor's choice.
         seed: decides every candidate; a search that was stopped and goes on finds what an unbroken one finds.
         name: the supernet's adapter.
@@ -76,6 +77,7 @@ def search_paths(
             holds a search with other settings. The first two before anything is evaluated.
         FxgraftError: optuna is not installed.
     """
+    mutations, crossovers = _shares(population, mutations, crossovers)
     _check(generations, population, top, mutations, crossovers, p, min_params, max_params)
     sites = supernet_sites(supernet, name)
     costs = []
@@ -123,6 +125,16 @@ def search_paths(
     genome, score = max(done[:total], key=lambda pair: pair[1])
     paths = {site: PATHS[i] for site, i in zip(sites, genome, strict=True)}
     return PathSearch(paths, score, space.params(genome), _history(done[:total], population))
+
+
+def _shares(population: int, mutations: int | None, crossovers: int | None) -> tuple[int, int]:
+    """Half of the population each, unless said otherwise."""
+    half = population // 2 if isinstance(population, int) else 0
+    if mutations is None:
+        mutations = half if crossovers is None else min(half, max(population - crossovers, 0))
+    if crossovers is None:
+        crossovers = min(half, max(population - mutations, 0))
+    return mutations, crossovers
 
 
 def _check(generations: int, population: int, top: int, mutations: int, crossovers: int, p: float, low: int,

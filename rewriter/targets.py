@@ -16,6 +16,7 @@ from .dataflow import tied_names
 from .errors import AdapterError, CaptureError, TargetError, listing, near_misses
 from .graft import base_class, plain_view
 from .method import Method
+from .patterns import full_match
 from .sites import LinearNode, NoMatch, Site, find_linears
 from .spec import ALL_LINEAR, Spec, Target
 from .state import Tie, base_modules, base_parameters, find_state, unwrap
@@ -51,7 +52,7 @@ class _Candidate:
 def matches(name: str, pattern: str) -> bool:
     """Whether a dotted name matches: `re:` the whole name, globs from any component on, else a name ending."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        return full_match(pattern[3:], name) is not None
     if any(c in pattern for c in "*?["):
         return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
     return name == pattern or name.endswith(f".{pattern}")

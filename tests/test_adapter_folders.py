@@ -27,6 +27,14 @@ def made(mlp, rank, value, alpha=8):
     return adapted
 
 
+def edit_unsealed(folder, change):
+    """Change a config, and drop the record that would tell."""
+    config = json.loads((folder / CONFIG).read_text())
+    change(config)
+    (folder / CONFIG).write_text(json.dumps(config))
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_writer_killed_between_the_two_files(mlp, tmp_path, format):
     """Rank and alpha of the new adapter stand in the tensors' file, which is there first."""

@@ -112,6 +112,21 @@ def test_a_budget_nobody_can_meet_is_an_error_before_anything_runs(supernet):
         search_paths(plain, never, **QUICK)
 
 
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        ({"population": 10}, (5, 5)), ({"population": 50}, (25, 25)), ({"population": 1}, (0, 0)),
+        ({"population": 10, "mutations": 8}, (8, 2)), ({"population": 10, "crossovers": 3}, (5, 3)),
+    ],
+)  # fmt: skip
+def test_the_shares_of_a_generation_follow_from_its_size(supernet, options, shares):
+    from fxgraft.passes.search import _shares
+
+    assert _shares(options["population"], options.get("mutations"), options.get("crossovers")) == shares
+    best = search_paths(supernet, lambda model: -cost(get_paths(model)), generations=2, progress=False, **options)
+    assert best.params == cost(best.paths)
+
+
 class Stop(Exception):
     pass
 
