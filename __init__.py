@@ -24,7 +24,7 @@ from .passes.methods.lora_sb import UpdateEstimate
 from .passes.paths import fix_paths, get_paths, set_paths
 from .passes.search import search_paths
 from .rewriter.adapterstate import AdapterState
-from .rewriter.api import active, adapter_state, disabled, remove, rewrite, set_active
+from .rewriter.api import active, active_weights, adapter_state, disabled, remove, rewrite, set_active
 from .rewriter.errors import (
     AdapterError,
     CaptureError,
@@ -77,6 +77,7 @@ __all__ = [
     "Verification",
     "VerifyError",
     "active",
+    "active_weights",
     "adapter_ids",
     "adapter_state",
     "add_tenant",

@@ -11,15 +11,17 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..rewriter.api import adapter_modules, base_of, trained_modules
+from ..rewriter.api import active_weights, adapter_modules, base_of, trained_modules
+from ..rewriter.biasslot import bias_slot
 from ..rewriter.dataflow import tied_names
-from ..rewriter.errors import MergeError, listing
+from ..rewriter.errors import AdapterError, MergeError, listing
+from ..rewriter.graft import plain_view
 from ..rewriter.state import (
     AdapterTensors,
     M,
@@ -32,37 +34,53 @@ from ..rewriter.state import (
     strip_wrappers,
     unwrap,
 )
+from ..rewriter.together import check_together, chosen_weights
 
 _TIES = "tie_word_embeddings"
 
 
 @torch.inference_mode(False)
-def merge(adapted: M, names: Sequence[str] | None = None) -> M:
+def merge(
+    adapted: M,
+    names: Sequence[str] | Mapping[str, float] | None = None,
+    *,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+) -> M:
     """A new plain model of the original module types with the adapters folded in; `adapted` stays as it is.
 
     Weights without an adapter share the base's memory. Parameters require grad as they did before the first rewrite.
+    A layer without a bias gets one where an adapter adds one (GLoRA's C and E).
 
     Args:
-        names: the adapters to fold, in this order; the active ones by default.
+        names: the adapters to fold, in this order, or adapters with their weights; by default the active ones with the
+            weights they have (`set_active`).
+        weights: of the deltas, in the order of `names`, or by name. A trained module with a weight goes between the
+            base's and its own, which is exact for linears and embeddings and refused for others.
 
     Raises:
-        MergeError: a method that cannot be merged, values that are not finite, or nothing to merge.
+        MergeError: a method that cannot be merged, values that are not finite, adapters or weights that do not go
+            together, or nothing to merge.
     """
     root, state = unwrap(adapted), state_of(adapted)
-    names = list(state.active if names is None else names)
-    if not names:
-        raise MergeError(f"no adapter is active; name the ones to merge: {listing(state.adapters)}")
+    if names is None:
+        names = weights if isinstance(weights, Mapping) else active_weights(root) if weights is None else state.active
+        weights = None if isinstance(names, Mapping) else weights
     if len(set(names)) != len(names):
-        raise MergeError(f"merge(names={names}): each adapter at most once")
-    for name in names:
-        record_of(root, name)
+        raise MergeError(f"merge(names={list(names)}): each adapter at most once")
+    chosen = chosen_weights(state, names, weights, "merge")
+    if not chosen:
+        raise MergeError(f"no adapter is active; name the ones to merge: {listing(state.adapters)}")
+    try:
+        check_together(root, state, chosen)
+    except AdapterError as error:
+        raise MergeError(str(error)) from error
     modules = grafted_modules(root)
-    replaced, trained = _fold(root, names, modules), {}
-    for name in names:
-        for path, module in trained_modules(root, name, state.adapters[name], modules).items():
-            if path in trained:
-                raise MergeError(f"more than one of the adapters {names} brings its own trained {path!r}")
-            trained[path] = module
+    replaced = _fold(root, chosen, modules)
+    trained = {
+        path: (module, weight)
+        for name, weight in chosen.items()
+        for path, module in trained_modules(root, name, state.adapters[name], modules).items()
+    }
 
     ties = tied_names(root)
     plain = strip_wrappers(base_of(root))
@@ -70,15 +88,27 @@ def merge(adapted: M, names: Sequence[str] | None = None) -> M:
     for (path, attribute), tensor in replaced.items():
         full = f"{path}.{attribute}".lstrip(".")
         owners[path].register_parameter(attribute, nn.Parameter(tensor, requires_grad=full in state.trained))
-    for path, copied in copy.deepcopy(trained).items():
+    for path, (copied, weight) in copy.deepcopy(trained).items():  # together: what is tied among them stays tied
+        if weight != 1:
+            _pull(copied, plain_view(modules[path]), weight)
         for n, parameter in copied.named_parameters():
             parameter.requires_grad_(f"{path}.{n}" in state.trained)
         put_values(owners[path], copied)
-    for name in names:
+    for name in chosen:
         follow(plain, state.adapters[name].ties)
     now = tied_names(plain)
     _untie(plain, [name for name, tied in ties.items() if now.get(name) != tied])
     return plain.train(root.training) if root.training != plain.training else plain
+
+
+@torch.no_grad()
+def _pull(module: nn.Module, base: nn.Module, weight: float) -> None:
+    """Let a copy of a trained module be `weight` of the way from the base's to it, in place."""
+    start = dict(base.named_parameters())
+    for name, parameter in module.named_parameters():
+        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        origin = start[name].to(wide)
+        parameter.copy_(origin + weight * (parameter.to(wide) - origin))
 
 
 def put_values(module: nn.Module, trained: nn.Module) -> None:
@@ -99,21 +129,21 @@ def follow(plain: nn.Module, ties: Sequence[Tie]) -> None:
 
 def fold_weights(root: nn.Module, name: str, only: Callable[[AdapterTensors], bool]) -> dict[tuple[str, str], Tensor]:
     """`(owner path, attribute) -> merged tensor` of one adapter's sites for which `only` is true."""
-    return _fold(root, [name], grafted_modules(root), only)
+    return _fold(root, {name: 1.0}, grafted_modules(root), only)
 
 
 def _fold(
     root: nn.Module,
-    names: Sequence[str],
+    weights: Mapping[str, float],
     modules: dict[str, nn.Module],
     only: Callable[[AdapterTensors], bool] = lambda tensors: True,
 ) -> dict[tuple[str, str], Tensor]:
     """`(owner path, attribute) -> merged tensor`, stored layout and dtype of the base."""
-    by_weight: dict[tuple[str, str], list[tuple[str, AdapterTensors]]] = {}
-    for name in names:
+    by_weight: dict[tuple[str, str], list[tuple[str, float, AdapterTensors]]] = {}
+    for name, factor in weights.items():
         for _, tensors in adapter_modules(root, name, record_of(root, name), modules):
             if tensors.site is not None and only(tensors):
-                by_weight.setdefault((tensors.site.owner, tensors.site.weight), []).append((name, tensors))
+                by_weight.setdefault((tensors.site.owner, tensors.site.weight), []).append((name, factor, tensors))
     replaced: dict[tuple[str, str], Tensor] = {}
     swallowed = True
     for (path, attribute), adapters in by_weight.items():
@@ -122,7 +152,7 @@ def _fold(
         swallowed &= not _fold_weight(owner, stored, path, attribute, adapters, replaced)
     if by_weight and swallowed:
         warnings.warn(
-            f"merging {listing(names)} changed no weight: the deltas are zero, or too small for the weights' dtype",
+            f"merging {listing(weights)} changed no weight: the deltas are zero, or too small for the weights' dtype",
             stacklevel=3,
         )
     return replaced
@@ -134,7 +164,7 @@ def _fold_weight(
     stored: Tensor,
     path: str,
     attribute: str,
-    adapters: list[tuple[str, AdapterTensors]],
+    adapters: list[tuple[str, float, AdapterTensors]],
     replaced: dict[tuple[str, str], Tensor],
 ) -> bool:
     """Fold all adapters of one weight; returns whether anything changed."""
@@ -145,16 +175,16 @@ def _fold_weight(
         )
     wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
     weight = stored.detach().to(wide, copy=True)
-    first = adapters[0][1].site
+    first = adapters[0][2].site
     assert first is not None
-    bias_name = first.bias or "bias"
+    bias_name: str | None = first.bias
     base_bias = None if first.bias is None else owner._parameters[first.bias]
     bias = None if base_bias is None else base_bias.detach().to(wide)
     bias_changed = False
-    base_weight, base_values = weight.clone() if len(adapters) > 1 else weight, bias
+    base_weight, base_values = weight.clone() if len(adapters) > 1 or adapters[0][1] != 1 else weight, bias
     if bias is not None:
         bias = bias.clone()
-    for index, (name, tensors) in enumerate(adapters):
+    for index, (name, factor, tensors) in enumerate(adapters):
         site = tensors.site
         assert site is not None
         shared = {k: _wide(t, wide) for k, t in tensors.shared_tensors().items()}
@@ -168,24 +198,20 @@ def _fold_weight(
             where = "the base weight" if not torch.isfinite(base_part).all() else f"adapter {name!r}"
             raise MergeError(f"{site.name!r}: {where} has NaN or infinite values; nothing was merged")
         part = site.linear_layout(weight)
-        part.copy_(merged if index == 0 else part + (merged - base_part))
+        part.copy_(merged if index == 0 and factor == 1 else part + factor * (merged - base_part))
         if new_bias is not None and new_bias is not base_bias_part:
-            if first.bias is None and owner._parameters.get(bias_name) is not None:
-                raise MergeError(
-                    f"{site.name!r}: adapter {name!r} adds a bias, and {bias_name!r} of {type(owner).__name__} is not "
-                    "the bias of this product alone"
-                )
             if bias is None:
-                if bias_name not in owner._parameters:
+                bias_name = bias_slot(owner, first)
+                if bias_name is None:
                     raise MergeError(
-                        f"{site.name!r}: adapter {name!r} adds a bias, and {type(owner).__name__} has no parameter "
-                        f"slot {bias_name!r} to hold it"
+                        f"{site.name!r}: adapter {name!r} adds a bias, and {type(owner).__name__} has no empty bias "
+                        "that its forward adds to this product"
                     )
                 bias = weight.new_zeros(weight.shape[1 - site.contracted])
-            bias[span] += new_bias if base_bias_part is None else new_bias - base_bias_part
+            bias[span] += factor * (new_bias if base_bias_part is None else new_bias - base_bias_part)
             bias_changed = True
     for key, value, base in ((attribute, weight, stored), (bias_name, bias if bias_changed else None, base_bias)):
-        if value is None:
+        if value is None or key is None:
             continue
         cast = value.to(stored.dtype if base is None else base.dtype)
         if not torch.isfinite(cast).all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,22 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from .adapterstate import AdapterState, check_same_function, methods_of
+from .biasslot import bias_slot
 from .dataflow import storage_key
-from .errors import AdapterError, listing, near_misses
+from .errors import AdapterError, SpecError, listing, near_misses
 from .fastpath import set_fast_paths
 from .graft import (
     ADAPTERS,
-    activate,
+    BASE,
     add_adapter,
     check_forward,
     drop_adapter,
     plain_view,
+    planned,
     restore_class,
     site_tensors,
     tie,
 )
 from .inputs import release_inputs, take_inputs
 from .method import Decl, Declaration, InitContext, Method
+from .off import turned_off
 from .plan import Plan, Shape, declare, plan
 from .saving import release_saving, take_over_saving
 from .sites import Site
@@ -53,9 +57,11 @@ from .state import (
     unwrap,
 )
 from .targets import Resolution, check_name, resolve, warn_untied
+from .together import check_together, chosen_weights
 from .tuners import check_no_tuners
 
 T = TypeVar("T")
+_switching = threading.RLock()
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -134,6 +140,14 @@ def graft_adapter(
     if not state.adapters:
         state.trained = frozenset(n for n, p in base_parameters(source) if p.requires_grad)
     modules = grafted_modules(adapted)
+    for group in groups:
+        for site in group.sites:
+            if site.bias is None and group.method.adds_bias(site) and bias_slot(modules[site.owner], site) is None:
+                raise SpecError(
+                    f"{type(group.method).__name__} gives {site.name!r} a bias, and the owner's forward adds none to "
+                    "this product: it could never be merged. Exclude the site, or choose a method without a bias there "
+                    "(GLoRA: a path with C, D and E 'none')"
+                )
     for index, (group, tensors) in enumerate(zip(groups, declared, strict=True)):
         _create(adapted, modules, group, tensors, index, name, dtype, update, initialise)
     copies = _trainable_copies(modules, resolution.train)
@@ -222,6 +236,10 @@ def _trainable_copies(modules: Mapping[str, nn.Module], paths: Sequence[str]) ->
             if same is not parameter:  # two parameters over one memory
                 memo[id(parameter)] = memo[id(same)] if id(same) in memo else copy.deepcopy(same, memo)
         copies[path] = twin = copy.deepcopy(module, memo)
+        for inner in twin.modules():  # adapters inside it stay where they are
+            if BASE in inner.__dict__:
+                inner._modules.pop(ADAPTERS, None)
+                restore_class(inner)
         for parameter in twin.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
@@ -234,55 +252,70 @@ def active(model: nn.Module) -> list[str]:
     return list(state_of(model).active)
 
 
-def set_active(model: nn.Module, names: Sequence[str]) -> None:
+def active_weights(model: nn.Module) -> dict[str, float]:
+    """The active adapters and the weights of their deltas, in order."""
+    state = state_of(model)
+    return {name: state.weights.get(name, 1.0) for name in state.active}
+
+
+def set_active(
+    model: nn.Module,
+    names: Sequence[str] | Mapping[str, float],
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+) -> None:
     """Make exactly these adapters active, in this order; an empty list leaves the base model.
 
-    Deltas of several active adapters add up. Only tensors of active adapters require grad. A compiled model is not
-    compiled anew for an adapter of the same structure as one it has run before.
+    Deltas of several active adapters add up, each times its weight. Only tensors of active adapters require grad; those
+    you froze yourself stay frozen when their adapter comes back. A compiled model is not compiled anew for an adapter
+    of the same structure as one it has run before, nor for another weight (1 aside).
+
+    It changes the model for every thread: a call going on in another thread meanwhile may see some layers switched and
+    some not. For one thread or task alone there is `disabled`.
+
+    Args:
+        names: the adapters, or adapters with their weights: `{"a": 0.7, "b": -0.2}`.
+        weights: of the names, in order or by name; by default 1. Of an adapter that trains modules in full a weight
+            goes between the base's module and its own, which only linears and embeddings allow.
+
+    Raises:
+        AdapterError: an unknown name, a weight that is 0 or not finite, or adapters that exclude each other; nothing
+            has been changed then.
     """
     root, state = unwrap(model), state_of(model)
-    if isinstance(names, str):
-        raise AdapterError(f"set_active(model, {names!r}): give a list of names, [{names!r}]")
-    names = tuple(names)
-    if unknown := [n for n in names if n not in state.adapters]:
-        raise AdapterError(f"no adapter {listing(unknown)} in this model; it has {listing(state.adapters)}")
-    if len(set(names)) != len(names):
-        raise AdapterError(f"set_active(model, {list(names)}): each adapter at most once")
-    trained_by: dict[str, str] = {}
-    for name in names:
-        for path in (*state.adapters[name].train, *dict.fromkeys(t.path for t in state.adapters[name].ties)):
-            if path in trained_by:
-                raise AdapterError(
-                    f"adapters {trained_by[path]!r} and {name!r} both bring their own trained {path!r}: only one of "
-                    "them can be active"
-                )
-            trained_by[path] = name
-    follows = {(t.path, t.attribute): (n, t.trained) for n in names for t in state.adapters[n].ties}
-    for name in names:
-        for site in state.adapters[name].sites:
-            if (site.owner, site.weight) in follows:
-                other, path = follows[site.owner, site.weight]
-                raise AdapterError(
-                    f"adapter {name!r} is on {site.name!r}, which is tied to {path!r} that {other!r} trains in full: "
-                    "only one of them can be active"
-                )
-    _apply_active(root, state, names)
+    chosen = chosen_weights(state, names, weights, "set_active")
+    check_together(root, state, chosen)
+    _apply_active(root, state, chosen)
 
 
-def _apply_active(root: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
+def _apply_active(root: nn.Module, state: ModelState, weights: Mapping[str, float]) -> None:
     modules = grafted_modules(root)
-    for record in state.adapters.values():
-        for path in _owners(record):
+    with _switching:
+        owners = dict.fromkeys(p for record in state.adapters.values() for p in _owners(record))
+        for path in owners:
             check_forward(modules[path], path)
-    for name, record in state.adapters.items():
-        for parameter in adapter_parameters(root, name, record, modules).values():
-            parameter.requires_grad_(name in names and parameter.is_floating_point())
-    release_inputs(root)
-    for path in dict.fromkeys(p for record in state.adapters.values() for p in _owners(record)):
-        activate(modules[path], names)
-    set_fast_paths(modules, [path for name in names for path in _owners(state.adapters[name])])
-    take_inputs(root, (wanted for name in names for g in state.adapters[name].groups for wanted in g.method.inputs))
-    state.active = names
+        changes = [planned(modules[path], weights, state.switch) for path in owners]
+        # All that can fail is done: from here on the model changes.
+        release_inputs(root)
+        for change in changes:
+            change.make()
+        for name, record in state.adapters.items():
+            if (name in state.active) != (name in weights):
+                parameters = adapter_parameters(root, name, record, modules)
+                _switch_gradients(state, name, parameters, name in weights)
+        set_fast_paths(modules, [path for name in weights for path in _owners(state.adapters[name])])
+        take_inputs(root, (wanted for n in weights for g in state.adapters[n].groups for wanted in g.method.inputs))
+        state.active = tuple(weights)
+        state.weights = {name: weight for name, weight in weights.items() if weight != 1}
+
+
+def _switch_gradients(state: ModelState, name: str, parameters: Mapping[str, nn.Parameter], on: bool) -> None:
+    """Let an adapter's parameters require grad, or none of them; what the user froze before stays frozen."""
+    if not on:
+        state.frozen[name] = frozenset(key for key, p in parameters.items() if not p.requires_grad)
+    kept = state.frozen.pop(name, frozenset()) if on else frozenset()
+    for key, parameter in parameters.items():
+        if not on or key not in kept:
+            parameter.requires_grad_(on and parameter.is_floating_point())
 
 
 def _owners(record: AdapterRecord) -> Iterator[str]:
@@ -293,14 +326,23 @@ def _owners(record: AdapterRecord) -> Iterator[str]:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is exactly the base model, trained heads included."""
-    root, state = unwrap(model), state_of(model)
-    before = state.active
-    _apply_active(root, state, ())
-    try:
+    """Inside the block the model is exactly the base model, trained heads included, for this thread or task alone.
+
+    Nothing is changed on the model: other threads meanwhile get the adapted model, and so do threads started inside
+    the block (unless run in a copy of its context, as `asyncio.to_thread` does). Blocks may be nested. A compiled model
+    is compiled once more, for the base. Activation checkpointing computes again what the forward pass saw.
+
+    Raises:
+        AdapterError: the model has no adapter; it is a `DataParallel`, which runs threads of its own; or a backward
+            pass inside the block computes checkpointed layers again whose forward pass was outside.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise AdapterError(
+            "disabled(DataParallel): its replicas run in threads of their own, which the block does not reach; use "
+            "DistributedDataParallel, or set_active(model, [])"
+        )
+    with turned_off(state_of(model).switch):
         yield
-    finally:
-        _apply_active(root, state, before)
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------
@@ -442,7 +484,7 @@ def remove(model: nn.Module, name: str) -> None:
     """Take an adapter out of the model, in place. Without adapters the model is the plain base, frozen flags undone."""
     root, state = unwrap(model), state_of(model)
     record = forget_lost(root, name)
-    _apply_active(root, state, tuple(n for n in state.active if n != name))
+    _apply_active(root, state, {n: w for n, w in active_weights(root).items() if n != name})
     modules = grafted_modules(root)
     for path in _owners(record):
         drop_adapter(modules[path], name)
@@ -454,6 +496,7 @@ def remove(model: nn.Module, name: str) -> None:
         if not container._modules:
             del root._modules[SHARED]
     del state.adapters[name]
+    state.frozen.pop(name, None)
     if not state.adapters:
         del root.__dict__[STATE]
         release_saving(root)

@@ -23,14 +23,18 @@ from .capture import trace
 from .dialect import eager_form
 from .errors import AdapterError, CaptureError
 from .method import Method
+from .off import Switch, base_forward, nothing
 from .percall import current
 from .sites import NoMatch, Site, find_linears
+from .standin import followed, plain, retrained
 from .state import ADAPTERS, TIED, AdapterTensors, Container, lookup
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
 _HOOKED = "_old_forward"  # plain attribute where accelerate keeps the forward that its hook on a module calls
 FOLLOWS = "fxgraft_follows"  # plain attribute: what of TIED is active
+WEIGHT = "fxgraft_weight"  # plain attribute of an owner: what the delta of a slot is multiplied with, if not 1
 BASE = "fxgraft_base"  # plain attribute of an owner: its class before grafting
+SWITCH = "fxgraft_switch"  # plain attribute of an owner: the model's switch
 PROVENANCE = "fxgraft"  # key in node.meta
 
 
@@ -70,7 +74,8 @@ class Grafted(nn.Module):
         base = base_class(self)
         self.__class__ = base  # type: ignore[assignment]
         base.__setstate__(self, state)
-        _set_class(self)
+        self.__class__ = _class_for(self, _slots(self), _weights(self), self.__dict__.get(FOLLOWS, {}))  # type: ignore[assignment]
+        _follow_class(self)
 
 
 def _bare(base: type[nn.Module]) -> nn.Module:
@@ -91,11 +96,11 @@ def plain_view(module: nn.Module) -> nn.Module:
 
     A module that was never grafted is returned as it is. The view shares every attribute with the module.
     """
-    if BASE not in module.__dict__:
+    if BASE not in module.__dict__ and ADAPTERS not in module._modules:
         return module
     base = base_class(module)
     view = base.__new__(base)
-    hidden: tuple[str, ...] = (SLOT, BASE, TIED, FOLLOWS)
+    hidden: tuple[str, ...] = (SLOT, WEIGHT, BASE, SWITCH, TIED, FOLLOWS)
     hidden += ("forward", _HOOKED) if _hooked(module) else ()
     view.__dict__ = {k: v for k, v in attributes(module).items() if not k.startswith(hidden)}
     view.__dict__["_modules"] = {k: v for k, v in module._modules.items() if not isinstance(v, Container)}
@@ -149,33 +154,69 @@ def tie(module: nn.Module, adapter: str, attribute: str, trained: nn.Module, nam
     module.__dict__.setdefault(TIED, {}).setdefault(adapter, {})[attribute] = (lookup(trained, path), leaf)
 
 
-def activate(owner: nn.Module, names: Sequence[str]) -> None:
-    """Point the owner's slots at these adapters (those it has) and give it the class that computes them, in order."""
-    for attribute in [a for a in owner.__dict__ if a.startswith(SLOT)]:
-        del owner.__dict__[attribute]
+@dataclass(frozen=True)
+class Change:
+    """A switch of one owner, ready to be made: nothing of it can fail any more."""
+
+    owner: nn.Module
+    slots: tuple[nn.Module, ...]
+    weights: Mapping[int, torch.Tensor]
+    follows: Mapping[str, tuple[nn.Module, str]]
+    cls: type[nn.Module]
+    switch: Switch
+
+    def make(self) -> None:
+        """Slots first, then the class, then what the old class needed: a call going on elsewhere finds its tensors."""
+        attributes = self.owner.__dict__
+        attributes.setdefault(BASE, type(self.owner))
+        attributes[SWITCH] = self.switch
+        new: dict[str, Any] = {f"{SLOT}{index}": tensors for index, tensors in enumerate(self.slots)}
+        new |= {f"{WEIGHT}{index}": weight for index, weight in self.weights.items()}
+        if self.follows:
+            new[FOLLOWS] = dict(self.follows)
+        attributes.update(new)
+        self.owner.__class__ = self.cls
+        _follow_class(self.owner)
+        for attribute in [a for a in attributes if a.startswith((SLOT, WEIGHT, FOLLOWS)) and a not in new]:
+            del attributes[attribute]
+
+
+def planned(owner: nn.Module, names: Mapping[str, float], switch: Switch) -> Change:
+    """The switch of an owner to these adapters (those it has), in order, with their weights. Changes nothing.
+
+    Raises:
+        CaptureError: the class that computes them cannot be built.
+    """
     adapters = owner._modules.get(ADAPTERS)
-    slots: list[nn.Module] = []
-    for name in names:
+    slots: list[Any] = []
+    weights: dict[int, torch.Tensor] = {}
+    for name, weight in names.items():
         if adapters is None or name not in adapters._modules:
             continue
         child = adapters._modules[name]
-        slots += site_tensors(owner, name) if isinstance(child, Container) else [child]  # type: ignore[list-item]
-    owner.__dict__.setdefault(BASE, type(owner))
-    owner.__dict__.pop(FOLLOWS, None)
+        added: list[Any] = site_tensors(owner, name) if isinstance(child, Container) else [child]
+        if weight != 1:
+            for index, module in enumerate(added, len(slots)):
+                weights[index] = _weight_tensor(weight, module)
+        slots += added
+    follows: dict[str, Any] = {}
     for name in names:
-        if ties := owner.__dict__.get(TIED, {}).get(name):
-            owner.__dict__.setdefault(FOLLOWS, {}).update(ties)
-    for index, tensors in enumerate(slots):
-        owner.__dict__[f"{SLOT}{index}"] = tensors
-    _set_class(owner)
+        follows |= owner.__dict__.get(TIED, {}).get(name, {})
+    return Change(owner, tuple(slots), weights, follows, _class_for(owner, slots, weights, follows), switch)
+
+
+def _weight_tensor(weight: float, module: nn.Module) -> torch.Tensor:
+    """A tensor, so that a compiled model takes another value as it is; on the device of what it weights."""
+    like = next(itertools.chain(module.parameters(), module.buffers()), torch.empty(0))
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.tensor(weight, dtype=dtype, device="cpu" if like.is_meta else like.device)
 
 
 def restore_class(owner: nn.Module) -> None:
     """Give an owner without adapters its original class back."""
-    for attribute in [a for a in owner.__dict__ if a.startswith(SLOT)]:
-        del owner.__dict__[attribute]
-    owner.__dict__.pop(FOLLOWS, None)
     owner.__class__ = owner.__dict__.pop(BASE)
+    for attribute in [a for a in owner.__dict__ if a.startswith((SLOT, WEIGHT, FOLLOWS, SWITCH))]:
+        del owner.__dict__[attribute]
     _follow_class(owner)
 
 
@@ -186,11 +227,6 @@ _sources = itertools.count()
 
 def _slots(owner: nn.Module) -> list[nn.Module]:
     return [value for key, value in owner.__dict__.items() if key.startswith(SLOT)]
-
-
-def _set_class(owner: nn.Module) -> None:
-    _choose_class(owner)
-    _follow_class(owner)
 
 
 def _hooked(owner: nn.Module) -> bool:
@@ -213,26 +249,35 @@ def _follow_class(owner: nn.Module) -> None:
         owner.__dict__[_HOOKED] = types.MethodType(type(owner).forward, owner)
 
 
-def _choose_class(owner: nn.Module) -> None:
-    slots = _slots(owner)
+def _weights(owner: nn.Module) -> dict[int, torch.Tensor]:
+    return {int(k.removeprefix(WEIGHT)): v for k, v in owner.__dict__.items() if k.startswith(WEIGHT)}
+
+
+def _class_for(
+    owner: nn.Module, slots: Sequence[nn.Module], weights: Mapping[int, Any], follows: Mapping[str, Any]
+) -> type[nn.Module]:
+    """The class that computes an owner with these slots; `weights` says which of them are weighted."""
     base = base_class(owner)
     if slots and not isinstance(slots[0], AdapterTensors):
-        owner.__class__ = _retrained_class(base, owner)
-        return
+        names, namespace = retrained(base, owner, 0 in weights)
+        return _class((base, "retrained", names, 0 in weights), base, namespace)
     if not slots:
-        follows = tuple((name, held) for name, (_, held) in owner.__dict__.get(FOLLOWS, {}).items())
-        owner.__class__ = _class((base, follows), base, {name: _followed(name) for name, _ in follows})
-        return
+        held = tuple((name, leaf) for name, (_, leaf) in follows.items())
+        return _class((base, held), base, {**plain(base), **{name: followed(name) for name, _ in held}})
     view = plain_view(owner)
     traced = trace(view)
-    described = tuple((s.site.weight, s.site.bias, s.site.offset, s.site.parts, s.method) for s in slots)  # type: ignore[union-attr]
+    described = tuple(
+        (s.site.weight, s.site.bias, s.site.offset, s.site.parts, s.method, index in weights)  # type: ignore[union-attr]
+        for index, s in enumerate(slots)
+    )
     key = (traced.signature, described)
     known = _classes.get(key)
     if known is None:
         parameters = {n: p for n, p in view._parameters.items() if p is not None}
-        graph = graft_graph(traced.graph, parameters, [(s.site, s.method) for s in slots])  # type: ignore[misc, arg-type]
-        known = _class(key, base, {"forward": _compile(graph, base.__name__), "fxgraft_graph": graph})
-    owner.__class__ = known
+        adapters = [(s.site, s.method, index in weights) for index, s in enumerate(slots)]
+        graph = graft_graph(traced.graph, parameters, adapters)  # type: ignore[arg-type]
+        known = _class(key, base, {"forward": _compile(graph, base), "fxgraft_graph": graph})
+    return known
 
 
 def _class(key: tuple[Any, ...], base: type[nn.Module], namespace: Mapping[str, Any]) -> type[nn.Module]:
@@ -243,48 +288,23 @@ def _class(key: tuple[Any, ...], base: type[nn.Module], namespace: Mapping[str, 
     return known
 
 
-def _followed(name: str) -> property:
-    """A parameter of a module, read from the trained copy that it is tied to."""
-    return property(lambda self: getattr(*self.fxgraft_follows[name]))
+_UNLESS_OFF = """\
+    fxgraft_off = fxgraft_nothing.keys
+    if fxgraft_off is not fxgraft_nothing and self.fxgraft_switch.key in fxgraft_off:
+        return fxgraft_base_forward(self, {given})"""
 
 
-#: how a parent reads lists and dictionaries of modules and parameters, and an `nn.Sequential`
-_CONTAINER_READS = ("__getitem__", "__iter__", "__len__", "__contains__", "__reversed__", "keys", "values", "items")
-
-
-def _retrained_class(base: type[nn.Module], owner: nn.Module) -> type[nn.Module]:
-    """A class that stands for the trained copy in slot 0 in calls and reads; its own tensors stay the base's.
-
-    A parent that reads `child.weight`, indexes a list of modules or calls another method than forward gets the trained
-    values too.
-    """
-    children = (name for name, child in owner._modules.items() if not isinstance(child, Container))
-    names = (*owner._parameters, *owner._buffers, *children)
-
-    def handed_on(method: str) -> Any:
-        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return getattr(self.fxgraft_slot0, method)(*args, **kwargs)
-
-        return call
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.fxgraft_slot0(*args, **kwargs)  # type: ignore[operator]
-
-    def read(name: str) -> property:
-        return property(lambda self: getattr(self.fxgraft_slot0, name))
-
-    namespace = {name: read(name) for name in names}
-    namespace |= {method: handed_on(method) for method in _CONTAINER_READS if hasattr(base, method)}
-    return _class((base, "retrained", names), base, {**namespace, "forward": forward})
-
-
-def _compile(graph: fx.Graph, name: str) -> Any:
-    """The graph as a Python function, with its source where tracebacks find it."""
+def _compile(graph: fx.Graph, base: type[nn.Module]) -> Any:
+    """The graph as a Python function with its source where tracebacks find it; inside `disabled` the base's forward."""
     code = eager_form(graph).python_code("self")
-    file = f"<fxgraft Grafted{name}.{next(_sources)}>"
-    linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)
-    namespace = dict(code.globals)
-    exec(compile(code.src, file, "exec"), namespace)
+    given = ", ".join(str(node.target) for node in graph.nodes if node.op == "placeholder")
+    lines = code.src.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("def forward("))
+    source = "\n".join([*lines[: start + 1], _UNLESS_OFF.format(given=given), *lines[start + 1 :]])
+    file = f"<fxgraft Grafted{base.__name__}.{next(_sources)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    namespace = {**code.globals, "fxgraft_nothing": nothing, "fxgraft_base_forward": base_forward(base)}
+    exec(compile(source, file, "exec"), namespace)
     return namespace["forward"]
 
 
@@ -308,10 +328,13 @@ class Emitter:
         graph: the graph being edited; the insertion point is right behind the site's product.
         site: the site.
         x: the input `(..., in)`; y: the output so far `(..., out)` of this site's part.
+        weighted: the delta is multiplied by a weight in `add`; such an adapter cannot take the product's place.
     """
 
-    def __init__(self, graph: fx.Graph, site: Site, x: fx.Node, y: fx.Node, slot: int, method: Method) -> None:
-        self.graph, self.site, self.x = graph, site, x
+    def __init__(
+        self, graph: fx.Graph, site: Site, x: fx.Node, y: fx.Node, slot: int, method: Method, weighted: bool = False
+    ) -> None:
+        self.graph, self.site, self.x, self.weighted = graph, site, x, weighted
         self._output, self._slot = y, slot
         self._provenance = Provenance("graft", site.name, method.key)
 
@@ -368,7 +391,9 @@ class Emitter:
         return self.call(F.dropout, self.x, p, self.training())
 
     def add(self, delta: fx.Node) -> fx.Node:
-        """`y + delta`."""
+        """`y + delta`, or `y + weight * delta`."""
+        if self.weighted:
+            delta = self.call(torch.mul, delta, self._mark(self.graph.get_attr(f"{WEIGHT}{self._slot}")))
         if self.site.whole:
             return self.call(add_delta, self._output, delta)
         # The sum is read through the whole output only: an operator whose schema says that it writes survives cleanup.
@@ -377,11 +402,11 @@ class Emitter:
 
 
 def graft_graph(
-    graph: fx.Graph, parameters: Mapping[str, torch.Tensor], adapters: Sequence[tuple[Site, Method]]
+    graph: fx.Graph, parameters: Mapping[str, torch.Tensor], adapters: Sequence[tuple[Site, Method, bool]]
 ) -> fx.Graph:
     """`y = linear(x, W, b)` -> `y = linear(x, W, b); y += fxgraft::<method>(x, ...)`, for each adapter in order.
 
-    The graph it is given is not changed.
+    Where an adapter's third entry is true its delta is weighted. The graph it is given is not changed.
     """
     result = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -396,7 +421,7 @@ def graft_graph(
             node = replaced[node]
         return node
 
-    for slot, (site, method) in enumerate(adapters):
+    for slot, (site, method, weighted) in enumerate(adapters):
         linears = found.get(site.weight, NoMatch(f"no parameter {site.weight!r}"))
         if isinstance(linears, NoMatch):
             raise CaptureError(f"{site.name!r} cannot be adapted: {linears.reason}")
@@ -404,7 +429,7 @@ def graft_graph(
             y = current(linear.node)
             before = set(result.nodes)
             with result.inserting_before(y.next):
-                new = method.emit(Emitter(result, site, current(linear.x), y, slot, method))
+                new = method.emit(Emitter(result, site, current(linear.x), y, slot, method, weighted))
             made = set(result.nodes) - before
             if new is not y:
                 y.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made)  # noqa: B023 (called at once)

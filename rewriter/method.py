@@ -130,6 +130,10 @@ class Method(Config, abc.ABC):
         A, B = self.factors(shared, local)
         return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias
 
+    def adds_bias(self, site: Site) -> bool:
+        """Whether the adapter changes the bias too, and a bias-free site needs one when it is merged."""
+        return False
+
     # -- many adapters in one graph ----------------------------------------------------------------------------------
     def bank(self, tenants: Sequence[Method], slots: int) -> BankMethod | None:
         """The method that holds adapters with these configs in one graph; None: a stack of low-rank factors."""

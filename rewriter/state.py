@@ -10,6 +10,7 @@ from torch import nn
 
 from .errors import AdapterError, listing
 from .method import Method
+from .off import Switch
 from .sites import Site
 from .spec import Spec
 
@@ -68,11 +69,21 @@ class AdapterRecord:
 
 @dataclass
 class ModelState:
-    """All adapters of a model. `trained` are the base parameters that required grad before the first rewrite."""
+    """All adapters of a model.
+
+    Args:
+        active: the active adapters in the order they are added in; `weights` of those whose weight is not 1.
+        trained: the base parameters that required grad before the first rewrite.
+        frozen: of every inactive adapter, the tensors that the user froze while it was active.
+        switch: the model's own, for `disabled`.
+    """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
     active: tuple[str, ...] = ()
+    weights: dict[str, float] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
+    frozen: dict[str, frozenset[str]] = field(default_factory=dict)
+    switch: Switch = field(default_factory=Switch)
 
 
 class Container(nn.Module):

@@ -95,9 +95,31 @@ def test_a_bias_without_a_place_is_refused():
         def forward(self, x):
             return x @ self.w
 
-    path = fg.GLoRAPath(A="none", B="none", C="none", D="none", E="vector")
-    with pytest.raises(fg.MergeError, match="slot 'bias'"):
-        fg.merge(perturb(fg.rewrite(Raw(), fg.Spec(fg.GLoRA(2, path)))))
+    class Unread(Raw):  # an empty `bias` that the product does not take
+        def __init__(self):
+            super().__init__()
+            self.register_parameter("bias", None)
+
+    for bare in (Raw(), Unread()):
+        with pytest.raises(fg.SpecError, match="could never be merged"):
+            fg.rewrite(bare, fg.Spec(fg.GLoRA(2, fg.GLoRAPath("none", "none", "none", "none", "vector"))))
+        with pytest.raises(fg.SpecError, match="could never be merged"):
+            fg.rewrite(bare, fg.Spec(fg.GLoRA(2)))
+        mergeable = fg.GLoRA(2, fg.GLoRAPath("lora", "vector", "none", "none", "none"))
+        adapted = perturb(fg.rewrite(bare, fg.Spec(mergeable)))
+        x = torch.randn(3, 6)
+        torch.testing.assert_close(fg.merge(adapted)(x), adapted(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_without_a_bias_gets_one():
+    path = fg.GLoRAPath(A="vector", B="lora", C="vector", D="vector", E="constant")
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3))
+    graph, x = torch.fx.symbolic_trace(model), torch.randn(5, 4)
+    for base in (model, graph):
+        adapted = perturb(fg.rewrite(base, fg.Spec(fg.GLoRA(2, path), ["0", "2"])))
+        merged = fg.merge(adapted)
+        assert merged.get_submodule("0").bias.shape == (6,) and model[0].bias is None
+        torch.testing.assert_close(merged(x), adapted(x), rtol=1e-4, atol=1e-5)
 
 
 def test_conv1d_and_parts(gpt2, ids, method):

@@ -261,6 +261,9 @@ class GLoRA(Method, key="glora"):
         path = self.path or PATHS[0]
         return path.shapes(site.in_features, site.out_features, self.rank, site.bias is not None)
 
+    def adds_bias(self, site: Site) -> bool:
+        return not {"Cd", "D", "E"}.isdisjoint(self._shapes(site))
+
     def declare(self, sites: Sequence[Site]) -> Declaration:
         if self.path is None or "lora" in (self.path.A, self.path.B, self.path.C):
             check_rank(self, self.rank, sites)
@@ -305,7 +308,7 @@ class GLoRA(Method, key="glora"):
         weight, bias = e.weight(), e.bias()
         biased = bias is not None and e.site.form != "matmul"  # `x @ W + b` adds its bias behind the product
         clean = _untouched(e, y)
-        keep = clean and e.site.whole and "Ad" in shapes
+        keep = clean and e.site.whole and "Ad" in shapes and not e.weighted
         if self.path is None:
             training = e.graph.get_attr("training")
             mask = e.call(draw_mask, e.shared("table"), e.tensor("path"), training)
