@@ -7,11 +7,11 @@ import os
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from sequences import live, lives
 
 SCALE = float(os.environ.get("FXGRAFT_CAMPAIGN_SCALE", "1"))
-COMMON = {"deadline": None, "database": None, "print_blob": True,
+COMMON = {"deadline": None, "database": None, "phases": (Phase.generate, Phase.shrink),
           "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}  # fmt: skip
 
 
