@@ -103,8 +103,8 @@ class Life:
         names = [n for i, n in enumerate(sorted(self.specs)) if pick >> i & 1]
         if pick % 2:
             names.reverse()
-        weights = dict(zip(names, (0.7, -0.2, 1.0), strict=False)) if pick % 5 == 7 else dict.fromkeys(names, 1.0)
-        fg.set_active(self.model, weights if pick % 5 == 7 else names)
+        weights = dict(zip(names, (0.7, -0.2, 1.0), strict=False)) if pick % 5 == 1 else dict.fromkeys(names, 1.0)
+        fg.set_active(self.model, weights if pick % 5 == 1 else names)
         self.active = weights
 
     def do_disabled(self, pick: int, method: Any) -> None:
