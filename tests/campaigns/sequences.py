@@ -310,4 +310,4 @@ def live(base: Model, drawn: list[tuple[str, int, Any]], count: Callable[[str], 
             assert all(torch.equal(now[k], v) for k, v in before.items()), f"{kind} changed the base model"
 
 
-__all__ = ["Reference", "lives", "live"]
+__all__ = ["Reference", "live", "lives"]
