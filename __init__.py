@@ -12,9 +12,10 @@ from .exporters.gpu_check import GpuReport, check_gpu
 from .exporters.onnx import OnnxExport, export_onnx
 from .exporters.ort import OrtSession
 from .exporters.swap import swap
+from .exporters.tenants import add_tenant, bank
 from .exporters.verify import Verification, verify
 from .passes.analysis import lora_breakdown
-from .passes.bank import adapter_ids, add_tenant, bank, remove_tenant, tenants
+from .passes.bank import adapter_ids, remove_tenant, tenants
 from .passes.estimate import estimate_update
 from .passes.experts import suggest_experts
 from .passes.factors import to_lora

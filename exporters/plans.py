@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..backends.parity import reference, sizes_of
-from ..passes.bank import BANK, bank, bank_record
-from ..passes.forms import Twin, base_weights, form_of, opened, opened_bank, whole_weights
+from ..passes.bank import BANK, bank, bank_record, prove_rows
+from ..passes.forms import Twin, base_weights, copy_rows, form_of, opened, opened_bank, whole_weights
 from ..passes.merge import merge
 from ..rewriter.api import active, base_of, set_active
 from ..rewriter.dataflow import tied_names
@@ -241,6 +241,12 @@ class Banked(Plan):
         banked = model if bank_record(model) is not None else _stack(model)
         record = bank_record(banked)
         assert record is not None
+        if record.batch_axis:
+            raise ExportError(
+                f"this bank's samples are along dimension {record.batch_axis} of its inputs (batch_axis=); a graph "
+                "with a bank takes them along dimension 0: export a model whose forward transposes"
+            )
+        self._banked = banked
         self.tenants = dict(record.tenants)
         # Slots behind the last tenant are made by whoever runs the graph.
         slots = max(self.tenants.values(), default=1) + 1
@@ -274,6 +280,9 @@ class Banked(Plan):
         first = next((name for name, tensor in example.tensors.items() if tensor.dim()), None)
         if first is None:
             raise ExportError("no example input has a batch axis, so there are no samples to choose adapters for")
+        if example.tensors[first].shape[0] > 1:
+            prove_rows(self._banked, example.kwargs)
+            copy_rows(self._banked, BANK, self.module)
         tensors = {**example.tensors, ADAPTER_IDS: self._ids(example.tensors, 0)}
         if 0 in axes.get(first, {}):
             axes = {**axes, ADAPTER_IDS: {0: axes[first][0]}}

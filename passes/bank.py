@@ -11,75 +11,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..rewriter.api import active, adapter_modules, base_of, check_state, graft_adapter, trained_modules, write_state
-from ..rewriter.api import adapter_state as state_of_adapter
+from ..rewriter.api import active, adapter_modules, base_of, graft_adapter
 from ..rewriter.errors import AdapterError, MergeError, listing
-from ..rewriter.method import BankMethod, Method
-from ..rewriter.sites import Site
+from ..rewriter.inputs import GUARD, first_tensor
+from ..rewriter.method import ADAPTER_IDS, BankMethod
 from ..rewriter.spec import Spec
 from ..rewriter.state import AdapterTensors, M, find_state, lookup, record_of, unwrap
+from .bank_slots import BANK, BankRecord
+from .bank_sources import Source, open_source
 from .factors import sites_as_targets
 from .methods.bank_dense import DenseBank
 from .methods.bank_lora import LoRABank
-
-BANK = "bank"  # the adapter's name, and with an underscore the attribute that holds the record
-
-
-@dataclass
-class BankRecord:
-    """What a banked model knows: which tenant sits in which slot, and how a state without a config is read."""
-
-    slots: int
-    spec: Spec | None
-    tenants: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One adapter in a model of its own: where a slot's values come from."""
-
-    root: nn.Module
-    name: str
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return record_of(self.root, self.name).sites
-
-    @property
-    def methods(self) -> list[Method]:
-        return [group.method for group in record_of(self.root, self.name).groups]
-
-    def modules(self) -> dict[str, AdapterTensors]:
-        found = adapter_modules(self.root, self.name, record_of(self.root, self.name))
-        return {tensors.site.name: tensors for _, tensors in found if tensors.site is not None}
-
-    def heads(self) -> dict[str, nn.Linear]:
-        record = record_of(self.root, self.name)
-        if record.ties:
-            raise AdapterError(
-                f"adapter {self.name!r} trains {record.ties[0].trained!r} and, tied to it, "
-                f"{listing(t.full for t in record.ties)}: a bank stacks linear layers only. Serve it on its own, or "
-                "train it with Spec(keep_ties=False)"
-            )
-        return dict(_linears(self.name, trained_modules(self.root, self.name, record)))
-
-
-def _linears(name: str, trained: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Linear]]:
-    for path, module in trained.items():
-        for inner, child in module.named_modules():
-            if isinstance(child, nn.Linear):
-                yield (f"{path}.{inner}" if inner else path), child
-            elif any(True for _ in child.parameters(recurse=False)):
-                raise AdapterError(
-                    f"adapter {name!r} trains {path!r}, which holds a {type(child).__name__}: a bank can stack linear "
-                    "layers only. Serve it on its own, or train it without that module"
-                )
 
 
 # -- making one --------------------------------------------------------------------------------------------------
@@ -92,6 +39,8 @@ def bank(
     rank: int | None = None,
     expand: bool = False,
     dtype: torch.dtype | None = None,
+    example_inputs: Any = None,
+    batch_axis: int = 0,
 ) -> M:
     """One model that serves many adapters of a method, each sample of a batch with its own.
 
@@ -99,30 +48,40 @@ def bank(
     of slots `(batch,)`: `banked(**inputs, adapter_ids=fg.adapter_ids(banked, ["a", None, "b"]))`. Without it every
     sample gets the base model. Tenants come and go (`add_tenant`, `remove_tenant`) without recompilation.
 
+    Which rows of each layer's input are which sample's is tried out with the first call that has ids, on its inputs
+    (some forward passes), and once more for every other kind of call; a layer where samples cannot be told apart is an
+    error, and no numbers come out. `example_inputs` try it here and now.
+
     Memory per tenant: its factors (`r * (in + out)` per site); for Uni-LoRA adapters with one projection, the vector.
 
     Args:
         model: an adapted model, or a plain one with `spec`.
-        tenants: name -> what `adapter_state` gives, of the model's active adapter (or of `spec`; LoRA states may have
-            other ranks), or an adapted model with one active adapter. Default: every adapter of the model.
-        spec: how states are read, where the model has no adapter.
+        tenants: name -> an adapted model with one active adapter, or what `adapter_state` gives, which remembers its
+            methods; or a plain dict of tensors, taken as values of `spec` (LoRA: of any rank). Default: every adapter
+            of the model.
+        spec: how plain dicts are read; by default as the model's active adapter.
         capacity: how many tenants fit; by default as many as there are.
         rank: the largest rank that fits; by default that of the tenants.
         expand: Uni-LoRA only: hold factors instead of vectors, more memory and less work per call.
         dtype: of the stacks; by default as `rewrite` chooses.
+        example_inputs: a tuple of positional or a mapping of keyword arguments, two samples or more.
+        batch_axis: the dimension of the model's inputs that the samples are along.
 
     Raises:
         MergeError: the tenants' method cannot be stacked, with the reason.
-        AdapterError: a state that does not fit, no tenant, or more than the capacity.
+        AdapterError: a state that does not fit, no tenant, more than the capacity, or example inputs that show a layer
+            where the samples cannot be told apart.
     """
     root = unwrap(model)
     base = base_of(root)
+    if isinstance(batch_axis, bool) or not isinstance(batch_axis, int) or batch_axis < 0:
+        raise AdapterError(f"bank(batch_axis={batch_axis!r}): a dimension, counted from 0 up")
     if spec is None and find_state(root) is not None and len(active(root)) == 1:
         spec = record_of(root, active(root)[0]).spec
     given: Mapping[str, Any] = _own(root) if tenants is None else tenants
     if not given:
         raise AdapterError("bank(...): no tenant; give {name: adapter_state(...)} or an adapted model")
-    sources = {name: _open(base, spec, name, value) for name, value in given.items()}
+    sources = {name: open_source(base, spec, name, value) for name, value in given.items()}
     capacity = len(sources) if capacity is None else capacity
     if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < len(sources):
         raise AdapterError(f"bank(capacity={capacity!r}): {len(sources)} tenants need a whole number of at least that")
@@ -135,54 +94,41 @@ def bank(
     banked = graft_adapter(
         base, Spec(method, targets=targets, overrides=overrides), BANK, dtype=dtype, order=list(sites)
     )  # fmt: skip
-    banked.__dict__[f"_{BANK}"] = BankRecord(capacity + 1, spec)
+    banked.__dict__[GUARD] = BankRecord(capacity + 1, spec, batch_axis)
     for name, source in sources.items():
         _fill(banked, name, source)
-    return banked.train(root.training)
+    banked.train(root.training)
+    if example_inputs is not None:
+        prove_rows(banked, example_inputs)
+    return banked  # type: ignore[return-value]
 
 
-def _own(root: nn.Module) -> dict[str, _Source]:
+def prove_rows(banked: nn.Module, example_inputs: Any) -> None:
+    """Find out which rows of every site's input are which sample's, for calls like this one: before a compiler or an
+    exporter looks at the bank.
+
+    Raises:
+        AdapterError: a site where the samples cannot be told apart, or inputs of fewer than two samples.
+    """
+    record = _record(banked)
+    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    kwargs.pop(ADAPTER_IDS, None)
+    first = first_tensor(args, kwargs, record.batch_axis)
+    batch = 0 if first is None else first.shape[record.batch_axis]
+    if batch < 2:
+        raise AdapterError(
+            f"example inputs of {batch} sample(s) along dimension {record.batch_axis}: two or more show which rows are "
+            "which sample's"
+        )
+    record.prove(unwrap(banked), batch, args, kwargs)
+
+
+def _own(root: nn.Module) -> dict[str, Source]:
     state = find_state(root)
-    return {name: _Source(root, name) for name in state.adapters} if state else {}
+    return {name: Source(root, name) for name in state.adapters} if state else {}
 
 
-def _open(base: nn.Module, spec: Spec | None, name: str, value: Any) -> _Source:
-    if isinstance(value, _Source):
-        return value
-    if isinstance(value, nn.Module):
-        on = active(value)
-        if len(on) != 1:
-            raise AdapterError(f"tenant {name!r}: an adapted model with one active adapter, not {on}")
-        return _Source(unwrap(value), on[0])
-    if not isinstance(value, Mapping):
-        raise AdapterError(f"tenant {name!r}: give adapter_state(...) or an adapted model, not {type(value).__name__}")
-    if spec is None:
-        raise AdapterError(f"tenant {name!r} is a state without a config, and the model has no one active adapter: "
-                           "give spec=, or the adapted model instead of its state")  # fmt: skip
-    twin = graft_adapter(base, spec, "tenant", initialise=False)
-    if (other := _at_its_rank(spec, twin, value)) is not None:
-        twin = graft_adapter(base, other, "tenant", initialise=False)
-    check_state(state_of_adapter(twin, "tenant"), value, f"the state of tenant {name!r}")
-    write_state(twin, "tenant", value)
-    return _Source(twin, "tenant")
-
-
-def _at_its_rank(spec: Spec, twin: nn.Module, state: Mapping[str, Tensor]) -> Spec | None:
-    """The spec with another rank, if that is what it takes to fit the state."""
-    old, rank = state_of_adapter(twin, "tenant"), getattr(spec.method, "rank", None)
-    changed = [
-        (was, now)
-        for key, tensor in old.items()
-        if key in state
-        for was, now in zip(tensor.shape, state[key].shape, strict=False)
-        if was != now
-    ]
-    if rank is None or spec.overrides or len(set(changed)) != 1 or changed[0][0] != rank:
-        return None
-    return replace(spec, method=replace(spec.method, rank=changed[0][1]))  # type: ignore[call-arg]
-
-
-def _bank_method(sources: Sequence[_Source], slots: int, rank: int | None, expand: bool) -> BankMethod:
+def _bank_method(sources: Sequence[Source], slots: int, rank: int | None, expand: bool) -> BankMethod:
     methods = [method for source in sources for method in source.methods]
     kinds = {type(method) for method in methods}
     if len(kinds) == 1 and not expand and len({source.sites for source in sources}) == 1:
@@ -201,7 +147,7 @@ def _bank_method(sources: Sequence[_Source], slots: int, rank: int | None, expan
     return LoRABank(slots=slots, rank=rank or most)
 
 
-def _ranks(source: _Source) -> Iterator[Tensor]:
+def _ranks(source: Source) -> Iterator[Tensor]:
     for tensors in source.modules().values():
         yield tensors.method.factors(tensors.shared_tensors(), tensors.tensors())[0]
 
@@ -209,7 +155,7 @@ def _ranks(source: _Source) -> Iterator[Tensor]:
 # -- tenants -----------------------------------------------------------------------------------------------------
 def bank_record(model: nn.Module) -> BankRecord | None:
     """What a bank knows of itself; None for any other model."""
-    return unwrap(model).__dict__.get(f"_{BANK}")
+    return unwrap(model).__dict__.get(GUARD)
 
 
 def _record(banked: nn.Module) -> BankRecord:
@@ -227,49 +173,57 @@ def tenants(banked: nn.Module) -> dict[str, int]:
 def adapter_ids(banked: nn.Module, names: Sequence[str | None]) -> Tensor:
     """The slots of these tenants, `(len(names),)` int64 on the model's device; None is the base model.
 
+    The tensor remembers whose the slots are: once a tenant has been removed, a call with it is an `AdapterError`. A
+    copy (`.to()`, an index) is plain numbers, for which a slot is whoever sits there.
+
     Raises:
         AdapterError: a name that is no tenant.
     """
-    slots = _record(banked).tenants
+    record = _record(banked)
     if isinstance(names, str):
         raise AdapterError(f"adapter_ids(banked, {names!r}): give a list with a name, or None, for every sample")
-    if unknown := [name for name in names if name is not None and name not in slots]:
-        raise AdapterError(f"no tenant {listing(unknown)} in this bank; it has {listing(slots)}")
-    device = next(unwrap(banked).parameters()).device
-    return torch.tensor([0 if name is None else slots[name] for name in names], dtype=torch.int64, device=device)
+    return record.ids(names, next(unwrap(banked).parameters()).device)
 
 
 def add_tenant(banked: nn.Module, name: str, tenant: Mapping[str, Tensor] | nn.Module) -> None:
     """Put an adapter into a free slot, or in the place of the tenant of that name; nothing is compiled anew.
+
+    Other threads may call the bank meanwhile: a call that names the tenant gets the old values or the new ones, whole.
 
     Raises:
         AdapterError: no slot is free, or the adapter does not fit the bank: other sites, too large a rank, another
             projection.
     """
     root, record = unwrap(banked), _record(banked)
-    if name not in record.tenants and len(record.tenants) == record.slots - 1:
-        raise AdapterError(
-            f"the bank is full ({record.slots - 1} tenants): remove_tenant one, or make it with a larger capacity"
-        )
-    _fill(root, name, _open(base_of(root), record.spec, name, tenant))
+    with record.writers:
+        if name not in record.tenants and record.free_slot() is None:
+            raise AdapterError(
+                f"the bank is full ({record.slots - 1} tenants): remove_tenant one, or make it with a larger capacity"
+            )
+        _fill(root, name, open_source(base_of(root), record.spec, name, tenant))
 
 
 def remove_tenant(banked: nn.Module, name: str) -> None:
-    """Free a tenant's slot. Ids that still name the slot get the base model."""
+    """Free a tenant's slot. Ids that `adapter_ids` made with it are refused from here on; a plain number is a slot, and
+    gets the base model until another tenant sits there."""
     root, record = unwrap(banked), _record(banked)
-    if name not in record.tenants:
-        raise AdapterError(f"no tenant {name!r} in this bank; it has {listing(record.tenants)}")
-    _write(root, record.tenants.pop(name), {})
+    with record.writers:
+        if name not in record.tenants:
+            raise AdapterError(f"no tenant {name!r} in this bank; it has {listing(record.tenants)}")
+        slot = record.release(name)
+        with record.writing(slot):
+            _write(_staged(root, slot, {}))
 
 
-def _fill(root: nn.Module, name: str, source: _Source) -> None:
+def _fill(root: nn.Module, name: str, source: Source) -> None:
     """Check everything, then write one slot."""
     record = _record(root)
-    taken = set(record.tenants.values())
-    slot = record.tenants.get(name) or min(s for s in range(1, record.slots) if s not in taken)
-    entries = _entries(root, name, source)
-    _write(root, slot, entries)
-    record.tenants[name] = slot
+    slot = record.tenants.get(name) or record.free_slot()
+    assert slot is not None
+    rows = _staged(root, slot, _entries(root, name, source))
+    with record.writing(slot):
+        _write(rows)
+    record.lease(name, slot)
 
 
 def _stacks(root: nn.Module) -> Iterator[tuple[str, AdapterTensors]]:
@@ -277,7 +231,7 @@ def _stacks(root: nn.Module) -> Iterator[tuple[str, AdapterTensors]]:
 
 
 @torch.no_grad()
-def _entries(root: nn.Module, name: str, source: _Source) -> dict[tuple[int, str], Tensor]:
+def _entries(root: nn.Module, name: str, source: Source) -> dict[tuple[int, str], Tensor]:
     """(module id, tensor name) -> what the slot gets."""
     given, heads = source.modules(), source.heads()
     found: dict[tuple[int, str], Tensor] = {}
@@ -330,12 +284,24 @@ def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _write(root: nn.Module, slot: int, entries: Mapping[tuple[int, str], Tensor]) -> None:
+def _staged(root: nn.Module, slot: int, entries: Mapping[tuple[int, str], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The slot of every stack, and what it is going to hold: on its device, in its dtype, padded with zeros."""
+    staged = []
     for _, stack in _stacks(root):
         for key, tensor in stack.tensors().items():
             if key in stack._non_persistent_buffers_set:
                 continue  # derived: the projection is everyone's
-            tensor[slot].zero_()
+            row = torch.zeros_like(tensor[slot])
             value = entries.get((id(stack), key))
             if value is not None:
-                tensor[slot][tuple(slice(n) for n in value.shape)].copy_(value)
+                row[tuple(slice(n) for n in value.shape)].copy_(value)
+                if not torch.isfinite(row).all():
+                    raise AdapterError(f"{key} of {stack.site and stack.site.name!r} is too large for {tensor.dtype}")
+            staged.append((tensor[slot], row))
+    return staged
+
+
+@torch.no_grad()
+def _write(staged: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for place, row in staged:
+        place.copy_(row)

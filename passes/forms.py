@@ -21,7 +21,7 @@ from ..rewriter.errors import MergeError
 from ..rewriter.method import BankMethod, Method, OpenForm, Tensors
 from ..rewriter.sites import Site
 from ..rewriter.spec import Spec
-from ..rewriter.state import AdapterTensors, base_modules, lookup, record_of, strip_wrappers, unwrap
+from ..rewriter.state import AdapterTensors, base_modules, find_state, lookup, record_of, strip_wrappers, unwrap
 from ..rewriter.targets import resolve
 from .factors import compute_dtype, sites_as_targets, wide
 from .merge import fold_weights, follow, put_values
@@ -159,7 +159,18 @@ def opened_bank(banked: nn.Module, name: str, slots: int) -> Twin:
         values[site.name] = form, tensors
         placed[site.name] = form(sizes=(form.sizes_of(tensors),)), tensors
     module, keys = _grafted(strip_wrappers(base_of(root)), record.sites, placed)
+    copy_rows(root, name, module)
     return Twin(module, values, keys, {})
+
+
+def copy_rows(banked: nn.Module, name: str, twin: nn.Module) -> None:
+    """Tell the sites of a bank's twin what was found out about the bank's: how the samples lie in their inputs."""
+    sites = (tensors for _, tensors in adapter_modules(banked, name, record_of(banked, name)))
+    rows = {tensors.site.name: tensors.rows for tensors in sites if tensors.site is not None}
+    if find_state(twin) is not None:
+        for _, tensors in adapter_modules(twin, FORMS, record_of(twin, FORMS)):
+            if tensors.site is not None:
+                tensors.rows = rows[tensors.site.name]
 
 
 def _grafted(plain: nn.Module, sites: Sequence[Site], placed: Placed) -> tuple[nn.Module, dict[str, dict[str, str]]]:

@@ -29,7 +29,7 @@ from .graft import (
     site_tensors,
     tie,
 )
-from .inputs import release_inputs, take_inputs
+from .inputs import GUARD, release_inputs, take_inputs
 from .method import Decl, Declaration, InitContext, Method
 from .off import turned_off
 from .plan import Plan, Shape, declare, plan
@@ -486,6 +486,8 @@ def remove(model: nn.Module, name: str) -> None:
     record = forget_lost(root, name)
     _apply_active(root, state, {n: w for n, w in active_weights(root).items() if n != name})
     modules = grafted_modules(root)
+    if any(group.method.inputs for group in record.groups):
+        root.__dict__.pop(GUARD, None)
     for path in _owners(record):
         drop_adapter(modules[path], name)
         if ADAPTERS not in modules[path]._modules and TIED not in modules[path].__dict__:

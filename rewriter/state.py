@@ -11,6 +11,7 @@ from torch import nn
 from .errors import AdapterError, listing
 from .method import Method
 from .off import Switch
+from .rows import UNPROVEN, Rows
 from .sites import Site
 from .spec import Spec
 
@@ -106,6 +107,7 @@ class AdapterTensors(Container):
         super().__init__()
         self.method = method
         self.site = site
+        self.rows: Rows = UNPROVEN  # a site of a bank: how the samples of a batch lie in its input
         self.__dict__["shared"] = shared
 
     def tensors(self) -> dict[str, Any]:

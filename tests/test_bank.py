@@ -138,8 +138,9 @@ def test_bad_input_changes_nothing(mlp):
         banked(x, adapter_ids=torch.zeros(2, dtype=torch.long))
     with pytest.raises(fg.AdapterError, match="whole numbers"):
         banked(x, adapter_ids=["t0", None, "t1"])
-    with pytest.raises(IndexError):
-        banked(x, adapter_ids=torch.tensor([0, 1, 3]))
+    for wrong in (3, -1):
+        with pytest.raises(fg.AdapterError, match=f"no slot '{wrong}'; slots go from 0"):
+            banked(x, adapter_ids=torch.tensor([0, 1, wrong]))
     with pytest.raises(fg.AdapterError, match="is no bank"):
         fg.tenants(mlp)
     with pytest.raises(fg.AdapterError, match="capacity"):

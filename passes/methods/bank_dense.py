@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from ...rewriter.dialect import cast, operator
 from ...rewriter.graft import Emitter
-from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, Method, Tensors
+from ...rewriter.method import BankMethod, Decl, Declaration, Method, Tensors
 from ...rewriter.sites import Site
-from .bank_lora import no_delta, per_sample
+from .by_sample import by_rows, chosen, no_delta, per_sample
 
 
 @operator("bank_dense(Tensor x, Tensor? ids, Tensor weight, Tensor? bias) -> Tensor")
@@ -24,9 +24,9 @@ def bank_dense(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tensor | Non
     """
     if ids is None:
         return no_delta(x, weight.shape[1])
-    y = torch.bmm(per_sample(x, ids), cast(weight.index_select(0, ids), x).transpose(1, 2))
+    y = torch.bmm(per_sample(x, ids), cast(chosen(weight, ids), x).transpose(1, 2))
     if bias is not None:
-        y = y + cast(bias.index_select(0, ids), x).unsqueeze(1)
+        y = y + cast(chosen(bias, ids), x).unsqueeze(1)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
@@ -56,4 +56,4 @@ class DenseBank(BankMethod, key="bank_dense"):
 
     def emit(self, e: Emitter) -> fx.Node:
         bias = e.tensor("bias") if e.site.bias is not None else None
-        return e.add(e.call(bank_dense, e.x, e.given(ADAPTER_IDS), e.tensor("weight"), bias))
+        return by_rows(e, bank_dense, e.tensor("weight"), bias)

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import AdapterError
 from ...rewriter.graft import Emitter
-from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, Method, OpenForm, Tensors
+from ...rewriter.method import BankMethod, Decl, Declaration, Method, OpenForm, Tensors
 from ...rewriter.sites import Site
-from .bank_lora import no_delta, per_sample
+from .by_sample import by_rows, chosen, no_delta, per_sample
 from .hydralora import HydraLoRA
 
 
@@ -28,12 +28,12 @@ def bank_hydralora(x: Tensor, ids: Tensor | None, A: Tensor, router: Tensor, B: 
     out_features, rank, experts = B.shape[-1], A.shape[1], router.shape[1]
     if ids is None:
         return no_delta(x, out_features)
-    chosen = torch.cat([A.index_select(0, ids), router.index_select(0, ids)], 1)
-    z, logits = torch.bmm(per_sample(x, ids), cast(chosen, x).transpose(1, 2)).split([rank, experts], -1)
+    both = torch.cat([chosen(A, ids), chosen(router, ids)], 1)
+    z, logits = torch.bmm(per_sample(x, ids), cast(both, x).transpose(1, 2)).split([rank, experts], -1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     w = logits.softmax(-1, dtype=wide).to(x.dtype)
     mixed = (w.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
-    return torch.bmm(mixed, cast(B.index_select(0, ids), x).flatten(1, 2)).reshape(*x.shape[:-1], out_features)
+    return torch.bmm(mixed, cast(chosen(B, ids), x).flatten(1, 2)).reshape(*x.shape[:-1], out_features)
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,4 @@ class HydraLoRABank(BankMethod, key="bank_hydralora"):
 
     def emit(self, e: Emitter) -> fx.Node:
         tensors = [e.tensor(name) for name in ("A", "router", "B")]
-        return e.add(e.call(bank_hydralora, e.x, e.given(ADAPTER_IDS), *tensors))
+        return by_rows(e, bank_hydralora, *tensors)

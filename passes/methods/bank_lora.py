@@ -10,18 +10,9 @@ from torch import Tensor, fx
 
 from ...rewriter.dialect import cast, operator
 from ...rewriter.graft import Emitter
-from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, Method, OpenForm, Tensors
+from ...rewriter.method import BankMethod, Decl, Declaration, Method, OpenForm, Tensors
 from ...rewriter.sites import Site
-
-
-def per_sample(x: Tensor, ids: Tensor) -> Tensor:
-    """`(batch, tokens, in)` of x `(batch, ..., in)` or `(batch * tokens, in)`, samples one after the other."""
-    return x.reshape(ids.shape[0], -1, x.shape[-1])
-
-
-def no_delta(x: Tensor, out_features: int) -> Tensor:
-    """The delta of a call without ids: the base model."""
-    return x.new_zeros(1).expand(*x.shape[:-1], out_features)
+from .by_sample import by_rows, chosen, no_delta, per_sample
 
 
 @operator("bank_lora(Tensor x, Tensor? ids, Tensor A, Tensor B) -> Tensor")
@@ -34,8 +25,8 @@ def bank_lora(x: Tensor, ids: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
     """
     if ids is None:
         return no_delta(x, B.shape[-1])
-    z = torch.bmm(per_sample(x, ids), cast(A.index_select(0, ids), x).transpose(1, 2))
-    return torch.bmm(z, cast(B.index_select(0, ids), x)).reshape(*x.shape[:-1], B.shape[-1])
+    z = torch.bmm(per_sample(x, ids), cast(chosen(A, ids), x).transpose(1, 2))
+    return torch.bmm(z, cast(chosen(B, ids), x)).reshape(*x.shape[:-1], B.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -69,4 +60,4 @@ class LoRABank(BankMethod, key="bank_lora"):
         return FactorsBank, {"A": local["A"].transpose(1, 2), "B": local["B"]}
 
     def emit(self, e: Emitter) -> fx.Node:
-        return e.add(e.call(bank_lora, e.x, e.given(ADAPTER_IDS), e.tensor("A"), e.tensor("B")))
+        return by_rows(e, bank_lora, e.tensor("A"), e.tensor("B"))

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from ...rewriter.dialect import cast, operator
 from ...rewriter.errors import AdapterError
 from ...rewriter.graft import Emitter
-from ...rewriter.method import ADAPTER_IDS, BankMethod, Decl, Declaration, InitContext, Method, OpenForm, Tensors
+from ...rewriter.method import BankMethod, Decl, Declaration, InitContext, Method, OpenForm, Tensors
 from ...rewriter.sites import Site
-from .bank_lora import no_delta, per_sample
+from .by_sample import by_rows, no_delta, per_sample
 from .unilora import UniLoRA
 
 
@@ -30,7 +30,8 @@ def bank_unilora(
     if ids is None:
         return no_delta(x, index_b.shape[-1])
     if theta.device != x.device:  # a model spread over devices: the vectors live on the first
-        theta, counts, ids = theta.to(x.device), counts.to(x.device), ids.to(x.device)
+        theta, counts = theta.to(x.device), counts.to(x.device)
+    ids = ids if ids.device == x.device else ids.to(x.device)
     scaled = theta.index_select(0, ids) * counts.to(theta.dtype).rsqrt()  # (batch, d)
     A = scaled.index_select(1, index_a.flatten()).view(-1, *index_a.shape)
     B = scaled.index_select(1, index_b.flatten()).view(-1, *index_b.shape)
@@ -73,14 +74,5 @@ class UniLoRABank(BankMethod, UniLoRA, key="bank_unilora"):
         return FactorsBank, {"A": torch.stack([A.t() for A, _ in pairs]), "B": torch.stack([B.t() for _, B in pairs])}
 
     def emit(self, e: Emitter) -> fx.Node:
-        return e.add(
-            e.call(
-                bank_unilora,
-                e.x,
-                e.given(ADAPTER_IDS),
-                e.shared("theta"),
-                e.shared("counts"),
-                e.tensor("index_a"),
-                e.tensor("index_b"),
-            )
-        )
+        tensors = e.shared("theta"), e.shared("counts"), e.tensor("index_a"), e.tensor("index_b")
+        return by_rows(e, bank_unilora, *tensors)

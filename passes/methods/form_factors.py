@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...rewriter.graft import Emitter
 from ...rewriter.method import ADAPTER_IDS, Method, OpenForm, Tensors
+from .by_sample import by_rows
 
 
 def by_sample(x: Tensor, ids: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -78,4 +79,4 @@ class FactorsBank(OpenForm, key="factors_bank"):
         }
 
     def emit(self, e: Emitter) -> fx.Node:
-        return e.add(e.call(stacked_factors, e.x, e.given(ADAPTER_IDS), e.tensor("A"), e.tensor("B")))
+        return by_rows(e, stacked_factors, e.tensor("A"), e.tensor("B"))

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from ...rewriter.errors import AdapterError
 from ...rewriter.graft import Emitter
 from ...rewriter.method import ADAPTER_IDS, Method, OpenForm, Tensors
+from .by_sample import by_rows
 from .form_factors import by_sample
 from .hydralora import HydraLoRA
 
@@ -88,4 +89,4 @@ class RoutedBank(OpenForm, key="routed_bank"):
         }
 
     def emit(self, e: Emitter) -> fx.Node:
-        return e.add(e.call(stacked_routed, e.x, e.given(ADAPTER_IDS), *(e.tensor(name) for name in self.axes)))
+        return by_rows(e, stacked_routed, *(e.tensor(name) for name in self.axes))
