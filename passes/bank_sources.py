@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..rewriter.adapterstate import AdapterState
-from ..rewriter.api import active, adapter_modules, check_state, graft_adapter, trained_modules, write_state
+from ..rewriter.api import (
+    active,
+    active_weights,
+    adapter_modules,
+    check_state,
+    graft_adapter,
+    trained_modules,
+    write_state,
+)
 from ..rewriter.api import adapter_state as state_of_adapter
-from ..rewriter.errors import AdapterError, TargetError
+from ..rewriter.errors import AdapterError, TargetError, listing
 from ..rewriter.method import Method
 from ..rewriter.sites import Site
 from ..rewriter.spec import Spec, Target
@@ -74,6 +82,11 @@ def open_source(base: nn.Module, spec: Spec | None, name: str, value: Any) -> So
         on = active(value)
         if len(on) != 1:
             raise AdapterError(f"tenant {name!r}: an adapted model with one active adapter, not {on}")
+        if (weight := active_weights(value)[on[0]]) != 1:
+            raise AdapterError(
+                f"tenant {name!r}: its adapter {on[0]!r} is active with weight {weight:g}, and a bank holds adapters as "
+                f"they are: fg.set_active(model, [{on[0]!r}]), or fold the weight into the adapter's values"
+            )
         return Source(unwrap(value), on[0])
     if not isinstance(value, Mapping):
         raise AdapterError(
