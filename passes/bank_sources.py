@@ -84,8 +84,8 @@ def open_source(base: nn.Module, spec: Spec | None, name: str, value: Any) -> So
             raise AdapterError(f"tenant {name!r}: an adapted model with one active adapter, not {on}")
         if (weight := active_weights(value)[on[0]]) != 1:
             raise AdapterError(
-                f"tenant {name!r}: its adapter {on[0]!r} is active with weight {weight:g}, and a bank holds adapters as "
-                f"they are: fg.set_active(model, [{on[0]!r}]), or fold the weight into the adapter's values"
+                f"tenant {name!r}: its adapter {on[0]!r} is active with weight {weight:g}, and a bank holds "
+                f"adapters as they are: fg.set_active(model, [{on[0]!r}]), or fold the weight into the adapter's values"
             )
         return Source(unwrap(value), on[0])
     if not isinstance(value, Mapping):
