@@ -81,7 +81,7 @@ def filled(
     }
     with _as_checkpoint(hint):
         check_state(expected, values, what)
-    write_state(adapted, name, values)
+        write_state(adapted, name, values)
     return adapted
 
 

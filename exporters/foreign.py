@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.methods.unilora import UniLoRA
+from ..rewriter.dataflow import tied_names
 from ..rewriter.errors import CheckpointError, listing, near_misses
 from ..rewriter.method import Method
 from ..rewriter.plan import Plan
@@ -122,8 +123,18 @@ def spec_of(foreign: Foreign, model: nn.Module) -> Spec:
         common,
         targets=(exactly(foreign.methods),),
         train=tuple(_plain(path, known) for path in foreign.train),
-        keep_ties=False,  # PEFT trains a copy of each module of its own
+        keep_ties=_ties_hold(foreign, model),
         overrides={exactly(sites): method for method, sites in others.items()},
+    )
+
+
+def _ties_hold(foreign: Foreign, model: nn.Module) -> bool:
+    """Whether what is tied in the model is tied in the adapter: PEFT trains a copy of each module of its own, and only
+    their values say whether it kept the copies alike."""
+    tied = tied_names(unwrap(model)) if foreign.train else {}
+    pairs = [(key, other) for key in foreign.tensors for other in tied.get(key, ())]
+    return all(
+        other in foreign.tensors and torch.equal(foreign.tensors[key], foreign.tensors[other]) for key, other in pairs
     )
 
 

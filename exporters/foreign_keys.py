@@ -47,8 +47,8 @@ def plain_keys(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
             adapters.setdefault(adapter, key)
         name = ".".join(parts)
         name = name if prefixed else PREFIX + name
-        if name in plain:
-            raise CheckpointError(f"{what} has two tensors for {name!r}: one is {key!r}")
+        if name in plain and not torch.equal(plain[name], tensor):  # PEFT writes a trained head twice at times
+            raise CheckpointError(f"{what} has two tensors for {name!r}, and they differ: one is {key!r}")
         plain[name] = tensor
     if len(adapters) > 1:
         raise CheckpointError(

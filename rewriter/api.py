@@ -150,7 +150,7 @@ def graft_adapter(
                 )
     for index, (group, tensors) in enumerate(zip(groups, declared, strict=True)):
         _create(adapted, modules, group, tensors, index, name, dtype, update, initialise)
-    copies = _trainable_copies(modules, resolution.train)
+    copies = _trainable_copies(modules, resolution.train, spec.keep_ties)
     for path, twin in copies.items():
         add_adapter(modules[path], name, twin)
     for tied in resolution.ties:
@@ -224,12 +224,14 @@ def _create(
             group.method.initialise(group.sites, common, local, InitContext(weights, update))
 
 
-def _trainable_copies(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Copies with tensors of their own, from the base values; what is tied among them stays tied."""
+def _trainable_copies(modules: Mapping[str, nn.Module], paths: Sequence[str], keep_ties: bool) -> dict[str, nn.Module]:
+    """Copies with tensors of their own, from the base values; what is tied among them stays tied if ties are kept."""
     memo: dict[int, Any] = {}
     first: dict[tuple[object, ...], nn.Parameter] = {}
     copies = {}
     for path in paths:
+        if not keep_ties:
+            memo, first = {}, {}
         module = plain_view(modules[path])  # another adapter may train it too: start from the base, not from that one
         for _, parameter in base_parameters(module):
             same = first.setdefault(storage_key(parameter), parameter)
@@ -449,9 +451,15 @@ def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
 
 
 def write_state(root: nn.Module, name: str, given: Mapping[str, Tensor]) -> None:
-    """Copy checked values into an adapter's tensors, in place."""
+    """Copy checked values into an adapter's tensors, in place. What is tied can take one value only."""
+    live = _live_state(root, name)
+    first: dict[int, str] = {}
+    for key, slot in live.items():
+        other = first.setdefault(id(slot), key)
+        if other != key and not torch.equal(given[other], given[key]):
+            raise AdapterError(f"{key!r} and {other!r} are one tensor in this model, and are given different values")
     with torch.no_grad():
-        for key, slot in _live_state(root, name).items():
+        for key, slot in live.items():
             slot.copy_(given[key])
 
 

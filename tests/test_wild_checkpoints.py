@@ -169,6 +169,19 @@ def test_stored_embeddings_of_a_resized_vocabulary(lm, tmp_path):
 def test_trained_embeddings(lm, ids, tmp_path, saved, ensure):
     tied = lm.config.tie_word_embeddings
     theirs = made(lm, tmp_path, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=ensure and tied)
+    ours = fg.load_adapter(lm, tmp_path)
+    agree(ours, theirs, ids)
+    embedding = ours.model.embed_tokens._modules.get("fxgraft")
+    if tied and ensure:  # they train on as one
+        assert ours.lm_head.fxgraft.default.weight is embedding.default.weight
+    elif len(saved) == 2:
+        assert not torch.equal(ours.lm_head.fxgraft.default.weight, embedding.default.weight)
+
+
+def test_a_head_that_peft_stores_twice(lm, ids, tmp_path):
+    options = {"save_embedding_layers": True}
+    theirs = made(lm, tmp_path, options, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert "base_model.model.lm_head.modules_to_save.weight" in load_file(tmp_path / WEIGHTS)
     agree(fg.load_adapter(lm, tmp_path), theirs, ids)
 
 
