@@ -127,7 +127,10 @@ def glora(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, Ad: 
             shift = bias if shift is None else bias + shift
         B = (None, None) if Bd is None else _factors(Bd, Bu, weight)
         shift = None if shift is None else shift.to(x.dtype).expand(out_features)
-        return _EffectiveLinear.apply(x, weight, shift, *_factors(Ad, Au, weight), *B, keep)  # type: ignore[return-value]
+        # Flat: a product of more dimensions is a view, and nobody may write into a view that a Function returns.
+        flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 and torch.is_grad_enabled() else x
+        y_new = _EffectiveLinear.apply(flat, weight, shift, *_factors(Ad, Au, weight), *B, keep)
+        return y_new if flat is x else y_new.view(*x.shape[:-1], out_features)  # type: ignore[no-any-return]
     rows = None if Ad is None else Ad.flatten().to(x.dtype)
     if rows is not None and biased and bias is not None:  # y holds b0, and A must not scale it
         shift = -bias * rows if shift is None else shift - bias * rows
