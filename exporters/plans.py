@@ -14,7 +14,7 @@ from ..backends.parity import reference, sizes_of
 from ..passes.bank import BANK, bank, bank_record, prove_rows
 from ..passes.forms import Twin, base_weights, copy_rows, form_of, opened, opened_bank, whole_weights
 from ..passes.merge import merge
-from ..rewriter.api import active, base_of, set_active
+from ..rewriter.api import active_weights, base_of, set_active
 from ..rewriter.dataflow import tied_names
 from ..rewriter.errors import AdapterError
 from ..rewriter.method import ADAPTER_IDS
@@ -96,7 +96,7 @@ class Merged(Plan):
             return
         self.module = merge(adapted, None if name is None else [name]).eval()
         # A chosen adapter need not be the active one; then the merged weights are the only form that has just it.
-        self.truth = adapted if name is None or active(adapted) == [name] else self.module
+        self.truth = adapted if name is None or active_weights(adapted) == {name: 1} else self.module
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
         yield "merged", _torch(self.truth), {}
@@ -209,12 +209,17 @@ def _loud(twin: Twin, run: Truth) -> tuple[Truth, dict[str, torch.Tensor]]:
 
 def _one(adapted: torch.nn.Module, name: str | None) -> tuple[str, torch.nn.Module]:
     """The adapter's name, and a model in which it alone is active."""
-    on = active(adapted)
+    on = active_weights(adapted)
     if name is None:
         if len(on) != 1:
             raise ExportError(f"a swappable graph is made for one adapter and {len(on)} are active: give name=")
-        name = on[0]
-    return name, adapted if on == [name] else _alone(adapted, name)
+        ((name, weight),) = on.items()
+        if weight != 1:
+            raise ExportError(
+                f"{name!r} is active with a weight of {weight}, and a swappable graph takes adapters as they are: give "
+                f"name={name!r}, or make the weight part of an adapter (fg.combine)"
+            )
+    return name, adapted if on == {name: 1} else _alone(adapted, name)
 
 
 def _alone(adapted: torch.nn.Module, name: str) -> torch.nn.Module:

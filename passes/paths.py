@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rewriter.api import adapter_modules, adapter_state, graft_adapter, remove, set_active, swap
+from ..rewriter.api import active_weights, adapter_modules, adapter_state, graft_adapter, remove, set_active, swap
 from ..rewriter.errors import AdapterError, SpecError, listing, near_misses
 from ..rewriter.skeleton import copy_skeleton
-from ..rewriter.state import AdapterTensors, M, record_of, state_of, unwrap
+from ..rewriter.state import AdapterTensors, M, record_of, unwrap
 from .methods.glora import GLoRA
 from .methods.glora_path import PATHS, GLoRAPath, path_from_dict
 
@@ -91,7 +91,7 @@ def fix_paths(supernet: M, paths: Paths, name: str = "default") -> M:
     root = unwrap(supernet)
     sites = supernet_sites(root, name)
     chosen = _checked(paths, sites, "fix_paths")
-    record, active = record_of(root, name), state_of(root).active
+    record, active = record_of(root, name), active_weights(root)
     values: dict[str, Tensor] = dict(adapter_state(root, name))
     overrides: dict[str, Any] = {}
     for site, path in chosen.items():
@@ -117,5 +117,5 @@ def fix_paths(supernet: M, paths: Paths, name: str = "default") -> M:
         if wrong := [s.name for s in group.sites if s.name in chosen and made != chosen[s.name]]:
             raise AdapterError(f"fix_paths: the parts of one fused weight need one path, {listing(wrong)} have several")
     swap(fixed, values, name)
-    set_active(fixed, [n for n in active if n in state_of(fixed).adapters])
+    set_active(fixed, active)
     return fixed

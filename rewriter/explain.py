@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -85,7 +85,7 @@ class Explanation:
     Attributes:
         compiled: a note for each graph that `fg.compile` has compiled.
         rows: one `Row` per site, group of shared tensors and trained module, of all adapters.
-        active: names of the active adapters.
+        active: names of the active adapters; `weights` of those whose weight is not 1.
         base: number of base parameters.
     """
 
@@ -93,6 +93,7 @@ class Explanation:
     active: tuple[str, ...]
     base: int
     compiled: tuple[CompileNote, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -108,7 +109,8 @@ class Explanation:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"active: {', '.join(self.active) or 'none'}", title_justify="left")
+        on = ", ".join(f"{n} x {self.weights[n]:g}" if n in self.weights else n for n in self.active)
+        table = Table(title=f"active: {on or 'none'}", title_justify="left")
         for column in ("adapter", "site", "method", "out x in", "tensors"):
             table.add_column(column, overflow="fold")
         for column in ("trainable", "bytes"):
@@ -176,4 +178,4 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(Row(name, "trained", path, "full", "", shapes, count, _bytes(held), record.created_by, told))
     unique = {id(p): p for m in modules.values() for p in m._parameters.values() if p is not None}
     base = sum(p.numel() for p in unique.values())
-    return Explanation(tuple(rows), state.active, base, tuple(root.__dict__.get(COMPILED, ())))
+    return Explanation(tuple(rows), state.active, base, tuple(root.__dict__.get(COMPILED, ())), dict(state.weights))
