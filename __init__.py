@@ -16,6 +16,7 @@ from .exporters.tenants import add_tenant, bank
 from .exporters.verify import Verification, verify
 from .passes.analysis import lora_breakdown
 from .passes.bank import adapter_ids, remove_tenant, tenants
+from .passes.combine import combine
 from .passes.estimate import estimate_update
 from .passes.experts import suggest_experts
 from .passes.factors import to_lora
@@ -85,6 +86,7 @@ __all__ = [
     "bank",
     "capture",
     "check_gpu",
+    "combine",
     "compile",
     "disabled",
     "estimate_update",

@@ -8,7 +8,7 @@ Does not handle methods that are not a low-rank product (GLoRA, HydraLoRA): they
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from ..rewriter.state import AdapterRecord, M, lookup, record_of, unwrap
 from .methods.lora import LoRA
 
 
-def _low_rank(root: nn.Module, name: str) -> AdapterRecord:
+def low_rank(root: nn.Module, name: str) -> AdapterRecord:
+    """The record of an adapter; `MergeError` with the reason where it has no low-rank factors."""
     record = record_of(root, name)
     for group in record.groups:
         if group.method.not_low_rank:
@@ -34,7 +35,7 @@ def _low_rank(root: nn.Module, name: str) -> AdapterRecord:
 def linear_factors(adapted: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
     """For each site `A (r, in)` and `B (out, r)` with `delta W = B A`, in float32 (or wider), scales folded into B."""
     root = unwrap(adapted)
-    record = _low_rank(root, name)
+    record = low_rank(root, name)
     found = {}
     with torch.no_grad():
         for _, tensors in adapter_modules(root, name, record):
@@ -101,30 +102,52 @@ def to_lora(adapted: M, name: str = "default") -> M:
         MergeError: the method is not a low-rank product; the text says why.
     """
     root = unwrap(adapted)
-    record = _low_rank(root, name)
+    record = low_rank(root, name)
     values = linear_factors(root, name)
-    ranks = {site: A.shape[0] for site, (A, _) in values.items()}
-    most = max(set(ranks.values()), key=list(ranks.values()).count)
-    overrides = {f"re:{_escape(s)}": LoRA(rank=r, alpha=r) for s, r in ranks.items() if r != most}
-    spec = Spec(
-        LoRA(rank=most, alpha=most),
-        targets=sites_as_targets(record.sites),
-        train=record.spec.train,
-        keep_ties=record.spec.keep_ties,
-        overrides=overrides,
-    )
-    result = graft_adapter(base_of(root), spec, name, initialise=False)
-    target_record = record_of(result, name)
+    result = as_lora(base_of(root), name, values, record.sites, record.spec.train, record.spec.keep_ties)
     with torch.no_grad():
-        for _, tensors in adapter_modules(result, name, target_record):
-            A, B = values[tensors.site.name]  # type: ignore[union-attr]
-            tensors._parameters["A"].copy_(A)  # type: ignore[union-attr]
-            tensors._parameters["B"].copy_(B)  # type: ignore[union-attr]
-        copies = trained_modules(result, name, target_record)
+        copies = trained_modules(result, name, record_of(result, name))
         for path, module in trained_modules(root, name, record).items():
             copies[path].load_state_dict(module.state_dict())
     return result.train(root.training)
 
 
-def _escape(name: str) -> str:
-    return re.escape(name.rpartition("[")[0] if name.endswith("]") else name)
+def as_lora(
+    model: M,
+    name: str,
+    values: Mapping[str, tuple[Tensor, Tensor]],
+    sites: Sequence[Site],
+    train: Sequence[str],
+    keep_ties: bool = False,
+) -> M:
+    """The model with a LoRA of these factors grafted in; modules in `train` are the base's still.
+
+    Args:
+        values: site name -> `A (r, in)`, `B (out, r)`, every scale in them; ranks may differ.
+    """
+    ranks = {site.name: values[site.name][0].shape[0] for site in sites}
+    stems = {site.name: site.name if site.whole else site.name.rpartition("[")[0] for site in sites}
+    for stem in {stems[site.name] for site in sites if not site.whole}:  # one rank for all parts of a weight
+        parts = [n for n in stems if stems[n] == stem]
+        ranks |= dict.fromkeys(parts, max(ranks[n] for n in parts))
+    most = max(set(ranks.values()), key=list(ranks.values()).count)
+    others: dict[int, list[str]] = {}
+    for site, rank in ranks.items():
+        if rank != most and re.escape(stems[site]) not in others.setdefault(rank, []):
+            others[rank].append(re.escape(stems[site]))
+    spec = Spec(
+        LoRA(rank=most, alpha=most),
+        targets=sites_as_targets(sites),
+        train=tuple(train),
+        keep_ties=keep_ties,
+        overrides={f"re:{'|'.join(stems)}": LoRA(rank=r, alpha=r) for r, stems in others.items()},
+    )
+    result = graft_adapter(model, spec, name, initialise=False)
+    with torch.no_grad():
+        for _, tensors in adapter_modules(result, name, record_of(result, name)):
+            assert tensors.site is not None
+            A, B = values[tensors.site.name]
+            for slot, value in ((tensors._parameters["A"], A), (tensors._parameters["B"], B)):
+                assert slot is not None
+                slot.zero_()[: value.shape[0], : value.shape[1]].copy_(value)
+    return result

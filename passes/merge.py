@@ -90,7 +90,7 @@ def merge(
         owners[path].register_parameter(attribute, nn.Parameter(tensor, requires_grad=full in state.trained))
     for path, (copied, weight) in copy.deepcopy(trained).items():  # together: what is tied among them stays tied
         if weight != 1:
-            _pull(copied, plain_view(modules[path]), weight)
+            pull(copied, plain_view(modules[path]), weight)
         for n, parameter in copied.named_parameters():
             parameter.requires_grad_(f"{path}.{n}" in state.trained)
         put_values(owners[path], copied)
@@ -102,7 +102,7 @@ def merge(
 
 
 @torch.no_grad()
-def _pull(module: nn.Module, base: nn.Module, weight: float) -> None:
+def pull(module: nn.Module, base: nn.Module, weight: float) -> None:
     """Let a copy of a trained module be `weight` of the way from the base's to it, in place."""
     start = dict(base.named_parameters())
     for name, parameter in module.named_parameters():

@@ -121,6 +121,10 @@ class Method(Config, abc.ABC):
         """`A (r, in)` and `B (out, r)` of one site with `delta W = B A`, every scale folded into B."""
         raise MergeError(f"{type(self).__name__} is not a low-rank product: {self.not_low_rank}")
 
+    def unscaled(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor, float]:
+        """`A`, `B` and a scale with `delta W = scale * B A`, as the method trains them where it has a scale."""
+        return (*self.factors(shared, local), 1.0)
+
     def fold(
         self, weight: Tensor, bias: Tensor | None, shared: Tensors, local: Tensors
     ) -> tuple[Tensor, Tensor | None]:

@@ -118,5 +118,8 @@ class LoRA(Method, key="lora"):
     def emit(self, e: Emitter) -> fx.Node:
         return e.add(e.call(lora, e.dropped(self.dropout), e.tensor("A"), e.tensor("B"), self.scale))
 
+    def unscaled(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor, float]:
+        return local["A"], local["B"], self.scale
+
     def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
         return local["A"], local["B"] * self.scale
