@@ -5,6 +5,7 @@ model  ->  torch.export  ->  packaged pipeline  ->  AOTInductor  ->  archive + m
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import time
@@ -134,7 +135,10 @@ def package(
         checks = verify(loaded, twin, example, axes, limit, seed)
         manifest["parity"] = [vars(check) for check in checks]
         manifest["seconds"] = time.perf_counter() - started
-        write(file, manifest, states)
+        try:
+            write(file, manifest, states)
+        except OSError as error:
+            raise ExportError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
         manifest, _ = read(file)
     return manifest
 
@@ -198,9 +202,47 @@ def _compile(graph_module: fx.GraphModule, example: Example, options: Mapping[st
             text = "\n".join(str(error).strip().splitlines()[:12])
             raise ExportError(f"AOTInductor does not compile the model: {type(error).__name__}: {text}") from error
         try:
-            package_pt2(os.fspath(file), aoti_files=files)
+            with open(file, "wb", buffering=0) as raw:
+                sink = Sink(raw)
+                package_pt2(sink, aoti_files=files)  # type: ignore[arg-type]
+                sink.raise_failure()
         except (OSError, RuntimeError) as error:
             raise ExportError(f"cannot write {file.name!r}: {error}") from error
+
+
+class Sink(io.RawIOBase):
+    """A file for torch's archive writer, which ends the whole process where a write fails: this one never fails it.
+
+    The first failure is kept, what comes after it is dropped, and `raise_failure` raises it when the writer is gone.
+    """
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        super().__init__()
+        self._file = file
+        self._failure: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:  # torch asks, only appends, and goes to the start when all is written
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return offset
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            done = 0
+            while self._failure is None and done < len(view):
+                done += self._file.write(view[done:]) or 0
+        except OSError as error:
+            self._failure = error
+        return len(view)
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 @contextmanager

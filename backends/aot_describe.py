@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rewriter import api
+from ..rewriter.adapterstate import methods_of, methods_to_dict
 from ..rewriter.errors import ExportError
 from ..rewriter.signature import Axes, Example, named_tensors, symbols
 from ..rewriter.state import record_of
@@ -97,7 +98,12 @@ def describe_adapter(twin: nn.Module, name: str, held: set[Any]) -> dict[str, An
             "dtype": _plain(tensor.dtype),
             "role": role,
         }
-    return {"method": record.spec.method.key, "spec": record.spec.to_dict(), "tensors": described}
+    return {
+        "method": record.spec.method.key,
+        "spec": record.spec.to_dict(),
+        "methods": methods_to_dict(methods_of(record)),
+        "tensors": described,
+    }
 
 
 def form_of(output: Any) -> Any:

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.errors import PackageError
+from ..rewriter.adapterstate import methods_from_dict
+from ..rewriter.errors import PackageError, SpecError
+from .aot_layout import check_layout
 
 FORMAT = 1
 MANIFEST = "extra/fxgraft.json"
@@ -46,6 +48,11 @@ _EMITTED = (
     "fp16",
 )
 _NEVER = ("sse4a", "fma4")
+
+_FORM: Mapping[str, type] = {
+    **{"machine": dict, "inputs": dict, "constants": dict, "axes": dict, "adapters": dict, "versions": dict},
+    **{"positional": list, "output_names": list, "content": str},
+}
 
 State = dict[str, Tensor]
 
@@ -136,6 +143,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, State]
         raise PackageError(f"there is no package {str(file)!r}")
     try:
         with zipfile.ZipFile(file) as archive:
+            check_layout(archive, file)
             return _read(archive, file)
     except PackageError:
         raise
@@ -146,6 +154,33 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, State]
                 f"{str(file)!r} is damaged or cut off ({type(error).__name__}: {error}); copy or package it again"
             ) from error
         raise PackageError(f"{str(file)!r} is no .pt2 package: give a file that fg.package wrote") from error
+
+
+def _form_problem(manifest: Mapping[str, Any]) -> str | None:
+    """The first thing in a manifest that the rest of fxgraft would stumble over."""
+    for key, kind in _FORM.items():
+        if not isinstance(manifest.get(key), kind):
+            return f"{key!r} is {manifest.get(key)!r}"
+    if missing := [key for key in ("torch", "platform", "machine", "device", "cpu") if key not in manifest["machine"]]:
+        return f"the machine lacks {missing}"
+    for name, adapter in manifest["adapters"].items():
+        tensors = adapter.get("tensors") if isinstance(adapter, dict) else None
+        if not isinstance(tensors, dict) or not all(_is_tensor(entry) for entry in tensors.values()):
+            return f"the tensors of {name!r} are not described"
+        try:
+            methods_from_dict(adapter.get("methods", {}))
+        except (SpecError, TypeError, ValueError, AttributeError) as error:
+            return f"the methods of {name!r} are not described ({error})"
+    return None
+
+
+def _is_tensor(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(getattr(torch, str(entry.get("dtype")), None), torch.dtype)
+        and all(isinstance(entry.get(k), list) and all(type(n) is int for n in entry[k]) for k in ("shape", "stride"))
+        and isinstance(entry.get("constant"), (str, type(None)))
+    )
 
 
 def _starts_like_a_zip(file: Path) -> bool:
@@ -164,12 +199,16 @@ def _read(archive: zipfile.ZipFile, file: Path) -> tuple[dict[str, Any], dict[st
             "torch._inductor.aoti_load_package loads torch's own packages"
         )
     manifest = json.loads(archive.read(own[0]))
+    if not isinstance(manifest, dict):
+        raise PackageError(f"{str(file)!r} is damaged or was changed: its manifest is no object")
     if manifest.get("format") != FORMAT:
         raise PackageError(
             f"{str(file)!r} has format {manifest.get('format')!r}, this fxgraft reads format {FORMAT}: "
             "load it with the fxgraft that wrote it, or package the model again"
         )
-    if len(set(names)) != len(names) or content(archive) != manifest["content"]:
+    if problem := _form_problem(manifest):
+        raise PackageError(f"{str(file)!r} is damaged or was changed: in its manifest, {problem}")
+    if content(archive) != manifest["content"]:
         raise PackageError(
             f"{str(file)!r} is damaged or was changed: its content does not match the hash in its manifest"
         )

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..rewriter.adapterstate import AdapterState, SiteMethod, check_same_function, methods_from_dict
+from ..rewriter.api import state_from
 from ..rewriter.errors import AdapterError, PackageError, listing, near_misses
 from .aot_manifest import State, check_machine, read
+
+_FOLDER_READERS: list[Callable[[str | os.PathLike[str]], AdapterState]] = []
+
+
+def register_folder_reader(reader: Callable[[str | os.PathLike[str]], AdapterState]) -> None:
+    """Who reads adapter folders for `Package.swap`: the exporters, which nothing here imports."""
+    _FOLDER_READERS[:] = [reader]
 
 
 class Outputs(dict[str, Any]):
@@ -152,25 +161,44 @@ class Package:
             raise AdapterError(f"no adapter {name!r} in this package; it has {listing(names)}")
         return names[0] if name is None else name
 
-    def adapter_state(self, name: str | None = None) -> State:
-        """A copy of an adapter's tensors, on the CPU: those packaged, or last swapped in."""
-        with self._lock:
-            return {key: tensor.clone() for key, tensor in self._states[self._name(name)].items()}
+    def _methods(self, name: str) -> dict[str, SiteMethod]:
+        """Site name -> method; empty for packages of versions that did not say so."""
+        return methods_from_dict(self.manifest["adapters"][name].get("methods", {}))
 
-    def swap(self, state: Mapping[str, Tensor], name: str | None = None) -> None:
+    def adapter_state(self, name: str | None = None) -> State:
+        """A copy of an adapter's tensors, on the CPU: those packaged, or last swapped in. The dict remembers the
+        adapter's methods, as that of `fg.adapter_state` does."""
+        name = self._name(name)
+        with self._lock:
+            tensors = {key: tensor.clone() for key, tensor in self._states[name].items()}
+        methods = self._methods(name)
+        return AdapterState(tensors, methods) if methods else tensors
+
+    def swap(self, state: Mapping[str, Tensor] | nn.Module | str | os.PathLike[str], name: str | None = None) -> None:
         """Give an adapter other values, for every later call; nothing is compiled.
 
         Args:
-            state: the tensors of `fg.adapter_state` of a model adapted with the same spec, on any device and in any
-                memory layout. They are copied.
+            state: what `fg.adapter_state` gives of a model adapted with the same spec, which remembers its methods; a
+                plain dict of such tensors, on any device and in any memory layout; an adapted model with an adapter of
+                that name, or one adapter; or a folder that `fg.save_adapter` wrote in fxgraft's format. Values are
+                copied.
             name: which adapter; may be left out where the package has one.
 
         Raises:
-            AdapterError: a tensor is missing, unknown, of another shape or dtype, or has values that are not finite;
-                all are listed. Nothing has been changed then: the runtime itself would read out of bounds.
+            AdapterError: a tensor is missing, unknown, of another shape or dtype, or has values that are not finite
+                (all are listed); or the state's method would compute something else (another alpha, seed, ...).
+                Nothing has been changed then: the runtime itself would read out of bounds.
+            CheckpointError: the folder cannot be read.
         """
         name = self._name(name)
         expected = self.manifest["adapters"][name]["tensors"]
+        if isinstance(state, nn.Module):
+            state = state_from(state, name)
+        elif isinstance(state, (str, os.PathLike)):
+            stored = _FOLDER_READERS[0](state)
+            state = AdapterState({k: _widened(t, expected.get(k)) for k, t in stored.items()}, stored.methods)
+        if methods := self._methods(name):
+            check_same_function(methods, state, f"the state for adapter {name!r}")
         if problems := list(_state_problems(expected, state)):
             raise AdapterError(
                 f"the state does not fit adapter {name!r}, which is unchanged. {len(problems)} problem(s): "
@@ -224,6 +252,12 @@ def _flat(tensor: Tensor) -> Tensor:
     """The tensor as compiled code expects it: contiguous, at an aligned address."""
     tensor = tensor.detach().contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _widened(tensor: Tensor, entry: Mapping[str, Any] | None) -> Tensor:
+    """A tensor of a folder in the dtype the package has, where that loses nothing."""
+    dtype = _dtype(entry["dtype"]) if entry is not None else tensor.dtype
+    return tensor.to(dtype) if torch.promote_types(tensor.dtype, dtype) == dtype else tensor
 
 
 def _dtype(name: str) -> torch.dtype:

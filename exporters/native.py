@@ -24,7 +24,7 @@ from .folder import CONFIG, WEIGHTS, Stored, check_config_is_theirs, write_folde
 
 FORMAT, FORMAT_VERSION = "fxgraft", 1
 DERIVED = "derived"  # entry of the config: a hash of what follows from it
-_ABOUT = frozenset({"versions"})
+ABOUT = frozenset({"versions"})
 
 Size = tuple[int, int]
 
@@ -76,21 +76,8 @@ def load_native(model: M, stored: Stored, name: str, what: str) -> M:
         CheckpointError: the files are damaged, of a newer version, or made for another model.
     """
     config = stored.config
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{what} has format version {version!r}, this fxgraft reads {FORMAT_VERSION}; update fxgraft"
-        )
-    if missing := [k for k in ("spec", "sites") if not isinstance(config.get(k), dict)]:
-        raise CheckpointError(f"{what}: {CONFIG} lacks {listing(missing)}")
-    if not stored.weights:
-        raise CheckpointError(f"{what}: {WEIGHTS} is missing")
-    try:
-        spec = Spec.from_dict(config["spec"])
-    except SpecError as error:
-        raise CheckpointError(f"{what}: {error}") from error
-    check_config_is_theirs(stored, _ABOUT, what)
-    sites = _sites(config["sites"], what)
+    spec, sites = read_spec(stored, what)
+    check_config_is_theirs(stored, ABOUT, what)
 
     def fits(plan: Plan) -> None:
         here = {site.name: (site.out_features, site.in_features) for site in plan.sites}
@@ -113,6 +100,25 @@ def _other_model(there: Mapping[str, Size], here: Mapping[str, Size], what: str)
         + (f" unknown there {listing(extra, 4)};" if extra else "")
         + (f" {'; '.join(differing[:4])}" if differing else "")
     )
+
+
+def read_spec(stored: Stored, what: str) -> tuple[Spec, dict[str, Size]]:
+    """The spec of a folder of ours, and its sites `(out, in)` in the order they count in."""
+    config = stored.config
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{what} has format version {version!r}, this fxgraft reads {FORMAT_VERSION}; update fxgraft"
+        )
+    if missing := [k for k in ("spec", "sites") if not isinstance(config.get(k), dict)]:
+        raise CheckpointError(f"{what}: {CONFIG} lacks {listing(missing)}")
+    if not stored.weights:
+        raise CheckpointError(f"{what}: {WEIGHTS} is missing")
+    try:
+        spec = Spec.from_dict(config["spec"])
+    except SpecError as error:
+        raise CheckpointError(f"{what}: {error}") from error
+    return spec, _sites(config["sites"], what)
 
 
 def _sites(given: Mapping[str, Any], what: str) -> dict[str, Size]:

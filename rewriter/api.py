@@ -416,6 +416,14 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
     return AdapterState(tensors, methods_of(record_of(root, name)))
 
 
+def state_from(model: nn.Module, name: str) -> AdapterState:
+    """The state of a model's adapter of that name, or of its only one."""
+    adapters = list(state_of(model).adapters)
+    if name not in adapters and len(adapters) > 1:
+        raise AdapterError(f"the model to take {name!r} from has {listing(adapters)}: give its adapter_state")
+    return adapter_state(model, name if name in adapters else adapters[0])
+
+
 def check_shapes(expected: Mapping[str, Shape], given: Mapping[str, Tensor], what: str) -> None:
     """Raise `AdapterError` unless `given` has dense tensors of exactly these names and shapes."""
     if missing := [k for k in expected if k not in given]:
@@ -477,10 +485,7 @@ def swap(model: nn.Module, state: Mapping[str, Tensor] | nn.Module, name: str = 
     root, record = unwrap(model), record_of(model, name)
     what = f"the state for adapter {name!r}"
     if isinstance(state, nn.Module):
-        adapters = list(state_of(state).adapters)
-        if name not in adapters and len(adapters) > 1:
-            raise AdapterError(f"the model to take {name!r} from has {listing(adapters)}: give its adapter_state")
-        state = adapter_state(state, name if name in adapters else adapters[0])
+        state = state_from(state, name)
     if not isinstance(state, Mapping):
         raise AdapterError(f"{what} is a {type(state).__name__}; give adapter_state(...) or a model")
     check_same_function(methods_of(record), state, what)
