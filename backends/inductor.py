@@ -8,6 +8,7 @@ Works for training and inference. Dialect nodes that no pass rewrites decompose 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from ..passes.pipelines import pipeline_for
 from ..rewriter.errors import FxgraftError
 from ..rewriter.explain import COMPILED, CompileNote, note_of
 from ..rewriter.passbase import Pipeline, Program
+from ..rewriter.reach import check_graph
 from ..rewriter.state import M, unwrap
 from .gather import GatherApart
 from .kernels import KernelPreference, check, plan, preference
@@ -29,6 +31,7 @@ def fxgraft(
     *,
     kernels: KernelPreference = KernelPreference.AUTO,
     notes: list[CompileNote] | None = None,
+    root: weakref.ref[torch.nn.Module] | None = None,
     **kwargs: Any,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph. Accepts Inductor's `mode` and `options`; what the passes did is added to `notes`."""
@@ -39,6 +42,9 @@ def fxgraft(
     patches.update(kwargs.pop("options", None) or {})
     if kwargs:
         raise FxgraftError(f"backend 'fxgraft' does not know {sorted(kwargs)}; allowed are mode and options")
+    model = root() if root is not None else None
+    if model is not None and (wrong := check_graph(model, gm.graph, _given(gm))) is not None:
+        return _refuse(wrong)
     program = Program(gm, tuple(example_inputs), training=torch.is_grad_enabled())
     graphed = bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
     pipeline, choice = plan(kernels, pipeline_for(program), program, graphed)
@@ -48,6 +54,26 @@ def fxgraft(
         notes.append(note_of(pipeline.name, result, choice))
     compiled: Any = compile_fx(result.program.graph_module, example_inputs, config_patches=patches)
     return compiled
+
+
+def _given(gm: fx.GraphModule) -> dict[fx.Node, torch.Tensor]:
+    """The tensors of the model that a Dynamo graph reads, by node."""
+    found = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            value = getattr(node.meta.get("grapharg"), "example", None)
+        else:
+            value = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(value, torch.Tensor):
+            found[node] = value
+    return found
+
+
+def _refuse(error: FxgraftError) -> Callable[..., Any]:
+    def raises(*args: Any) -> Any:
+        raise error
+
+    return raises
 
 
 def register() -> None:
@@ -81,4 +107,5 @@ def compile(
         check(model)
     notes: list[CompileNote] = []
     unwrap(model).__dict__[COMPILED] = notes
-    return torch.compile(model, backend=functools.partial(fxgraft, kernels=wanted, notes=notes), **options)  # type: ignore[return-value]
+    backend = functools.partial(fxgraft, kernels=wanted, notes=notes, root=weakref.ref(unwrap(model)))
+    return torch.compile(model, backend=backend, **options)  # type: ignore[return-value]

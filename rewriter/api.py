@@ -33,6 +33,7 @@ from .inputs import GUARD, release_inputs, take_inputs
 from .method import Decl, Declaration, InitContext, Method
 from .off import turned_off
 from .plan import Plan, Shape, declare, plan
+from .reach import watch
 from .saving import release_saving, take_over_saving
 from .sites import Site
 from .skeleton import copy_skeleton
@@ -308,6 +309,7 @@ def _apply_active(root: nn.Module, state: ModelState, weights: Mapping[str, floa
         take_inputs(root, (wanted for n in weights for g in state.adapters[n].groups for wanted in g.method.inputs))
         state.active = tuple(weights)
         state.weights = {name: weight for name, weight in weights.items() if weight != 1}
+        watch(root, state)
 
 
 def _switch_gradients(state: ModelState, name: str, parameters: Mapping[str, nn.Parameter], on: bool) -> None:
@@ -511,6 +513,8 @@ def remove(model: nn.Module, name: str) -> None:
         if not container._modules:
             del root._modules[SHARED]
     del state.adapters[name]
+    state.proved.discard(name)
+    watch(root, state)
     state.frozen.pop(name, None)
     if not state.adapters:
         del root.__dict__[STATE]

@@ -77,6 +77,7 @@ class ModelState:
         trained: the base parameters that required grad before the first rewrite.
         frozen: of every inactive adapter, the tensors that the user froze while it was active.
         switch: the model's own, for `disabled`.
+        proved: the adapters that a forward has reached at every place (`reach.py`).
     """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class ModelState:
     trained: frozenset[str] = frozenset()
     frozen: dict[str, frozenset[str]] = field(default_factory=dict)
     switch: Switch = field(default_factory=Switch)
+    proved: set[str] = field(default_factory=set)
 
 
 class Container(nn.Module):
