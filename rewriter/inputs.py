@@ -20,6 +20,7 @@ from torch import nn
 
 from .errors import AdapterError
 from .graft import BASE, attributes
+from .looking import captured
 from .percall import put
 
 OWN_CLASS = f"{BASE}_inputs"  # plain attribute of a root: its class before `take_inputs`
@@ -52,7 +53,7 @@ class TakesInputs(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A compiler leaves this frame alone and compiles the forward inside; in a graph of someone else's it is plain.
         guard = self.__dict__.get(GUARD)
-        if guard is None or torch.compiler.is_compiling():
+        if guard is None or captured():
             return super().__call__(*args, **kwargs)
         call = _aside(_begin)(guard, self, args, kwargs)
         try:
@@ -163,7 +164,7 @@ def _class(own: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         admitted = put("admitted", False)
         try:
             guard = self.__dict__.get(GUARD)
-            if guard is not None and not admitted and not torch.compiler.is_compiling():
+            if guard is not None and not admitted and not captured():
                 with guard.call(self, {name: kwargs.pop(name, None) for name in names}, args, kwargs) as given:
                     return _told(self, own.forward, given, args, kwargs)
             given = {name: kwargs.pop(name, None) for name in names}

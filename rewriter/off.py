@@ -21,6 +21,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from .errors import AdapterError
+from .looking import captured
 
 _keys: contextvars.ContextVar[Any] = contextvars.ContextVar("fxgraft_off")
 _numbers = itertools.count()
@@ -74,7 +75,7 @@ def base_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """The forward of an owner's class before grafting, for calls inside `disabled`."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not captured():
             _tell_recomputations()
         return base.forward(self, *args, **kwargs)
 
@@ -86,7 +87,7 @@ def is_off(owner: nn.Module) -> bool:
     keys = nothing.keys
     if keys is nothing or owner.fxgraft_switch.key not in keys:  # type: ignore[union-attr]
         return False
-    if not torch.compiler.is_compiling():
+    if not captured():
         _tell_recomputations()
     return True
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .errors import AdapterError
+from .looking import captured
 
 
 class _Values(threading.local):
@@ -41,7 +42,7 @@ _values = _Values()
 
 def current(name: str) -> Any:
     """What the call that is going on in this thread was given under this name; the default outside any."""
-    if not _values.inside and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if not _values.inside and not captured() and torch._C._current_graph_task_id() != -1:
         return _recomputed(name)
     return getattr(_values, name)
 

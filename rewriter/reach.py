@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from .dataflow import tied_names
 from .errors import AdapterError, listing
 from .graft import site_tensors
+from .looking import captured
 from .off import nothing
 from .state import ADAPTERS, STATE, ModelState, grafted_modules
 
@@ -190,7 +191,7 @@ _running = threading.local()
 
 
 def _before(root: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
+    if captured():
         return
     state: ModelState | None = root.__dict__.get(STATE)
     if state is None or torch.jit.is_tracing() or getattr(root, "_is_replica", False):
@@ -210,7 +211,7 @@ def _before(root: nn.Module, args: Any) -> None:
 
 
 def _after(root: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
+    if captured():
         return
     run: _Run | None = getattr(_running, "run", None)
     if run is None or run.root is not root:

@@ -203,6 +203,23 @@ def test_checkpointing_computes_again_what_the_forward_saw(reentrant: bool) -> N
         loss.backward()
 
 
+def test_a_compilation_in_another_thread_is_not_ours(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """torch's flag that something is compiled is the process's, and guards are for the calls of this thread."""
+    base, a = adapted()
+    b = fg.bank(base, {"t": noisy(fg.rewrite(base, fg.Spec(fg.LoRA(rank=2), targets=["0"])))})
+    want = b(X, adapter_ids=fg.adapter_ids(b, ["t"] * 6))
+    again = fg.bank(base, {"t": fg.rewrite(base, fg.Spec(fg.LoRA(rank=2), targets=["0"]))})
+    fg.add_tenant(again, "t", noisy(fg.rewrite(base, fg.Spec(fg.LoRA(rank=2), targets=["0"]))))
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    assert torch.equal(again(X, adapter_ids=fg.adapter_ids(again, ["t"] * 6)), want)
+    x = X.clone().requires_grad_()
+    with fg.disabled(a):
+        y = checkpoint(a, x, use_reentrant=False)
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(got, torch.autograd.grad(base(x).sum(), x)[0], atol=1e-6)
+
+
 def test_disabled_refuses_replicas_in_threads() -> None:
     _, a = adapted()
     with pytest.raises(fg.AdapterError, match="DataParallel"), fg.disabled(nn.DataParallel(a)):
