@@ -21,8 +21,9 @@ from torch import fx, nn
 
 from .capture import trace
 from .dialect import eager_form
-from .errors import AdapterError, CaptureError
+from .errors import AdapterError, CaptureError, FxgraftError
 from .method import Method
+from .observe import Read
 from .off import Switch, base_forward, nothing
 from .percall import current
 from .sites import NoMatch, Site, find_linears
@@ -62,6 +63,25 @@ class Grafted(nn.Module):
     """
 
     fxgraft_graph: fx.Graph | None = None
+    fxgraft_reads: frozenset[str] = frozenset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set; where the graph depends on the attribute, take the class of the new value. All or nothing."""
+        if name == "__class__":
+            return super().__setattr__(name, value)
+        slots = {**self.__dict__.get("_parameters", {}), **self.__dict__.get("_buffers", {})}
+        before = slots.get(name, self.__dict__.get(name, self))
+        super().__setattr__(name, value)
+        if name not in self.fxgraft_reads and (name not in slots or (before is None) == (value is None)):
+            return
+        try:
+            _renew_class(self)
+        except FxgraftError:
+            if before is self:
+                super().__delattr__(name)
+            else:
+                super().__setattr__(name, before)
+            raise
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class cannot be imported; it is a function of the base class and the slots.
@@ -74,13 +94,12 @@ class Grafted(nn.Module):
         base = base_class(self)
         self.__class__ = base  # type: ignore[assignment]
         base.__setstate__(self, state)
-        self.__class__ = _class_for(self, _slots(self), _weights(self), self.__dict__.get(FOLLOWS, {}))  # type: ignore[assignment]
-        _follow_class(self)
+        _renew_class(self)
 
 
 def _bare(base: type[nn.Module]) -> nn.Module:
     """An empty module of the class that grafting gives `base`, to be filled."""
-    cls = _class((base, None), base, {})
+    cls = _class((base, "bare"), base, {})
     bare = cls.__new__(cls)
     bare.__dict__[BASE] = base
     return bare
@@ -253,6 +272,12 @@ def _weights(owner: nn.Module) -> dict[int, torch.Tensor]:
     return {int(k.removeprefix(WEIGHT)): v for k, v in owner.__dict__.items() if k.startswith(WEIGHT)}
 
 
+def _renew_class(owner: nn.Module) -> None:
+    """Give an owner the class that its slots and attributes ask for now."""
+    owner.__class__ = _class_for(owner, _slots(owner), _weights(owner), owner.__dict__.get(FOLLOWS, {}))
+    _follow_class(owner)
+
+
 def _class_for(
     owner: nn.Module, slots: Sequence[nn.Module], weights: Mapping[int, Any], follows: Mapping[str, Any]
 ) -> type[nn.Module]:
@@ -276,7 +301,9 @@ def _class_for(
         parameters = {n: p for n, p in view._parameters.items() if p is not None}
         adapters = [(s.site, s.method, index in weights) for index, s in enumerate(slots)]
         graph = graft_graph(traced.graph, parameters, adapters)  # type: ignore[arg-type]
-        known = _class(key, base, {"forward": _compile(graph, base), "fxgraft_graph": graph})
+        forward = _compile(graph, base, traced.reads)
+        reads = frozenset(read.path[0] for read in traced.reads if read.root is None)
+        known = _class(key, base, {"forward": forward, "fxgraft_graph": graph, "fxgraft_reads": reads})
     return known
 
 
@@ -294,18 +321,57 @@ _UNLESS_OFF = """\
         return fxgraft_base_forward(self, {given})"""
 
 
-def _compile(graph: fx.Graph, base: type[nn.Module]) -> Any:
+def _compile(graph: fx.Graph, base: type[nn.Module], reads: Sequence[Read]) -> Any:
     """The graph as a Python function with its source where tracebacks find it; inside `disabled` the base's forward."""
     code = eager_form(graph).python_code("self")
+    namespace = {**code.globals, "fxgraft_nothing": nothing, "fxgraft_base_forward": base_forward(base)}
     given = ", ".join(str(node.target) for node in graph.nodes if node.op == "placeholder")
+    first = [_UNLESS_OFF.format(given=given)]
+    if conditions := _conditions(reads, namespace):
+        namespace["fxgraft_renewed"] = _renewed
+        first.append(f"    if {' or '.join(conditions)}:\n        return fxgraft_renewed(self)({given})")
     lines = code.src.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("def forward("))
-    source = "\n".join([*lines[: start + 1], _UNLESS_OFF.format(given=given), *lines[start + 1 :]])
+    source = "\n".join([*lines[: start + 1], *first, *lines[start + 1 :]])
     file = f"<fxgraft Grafted{base.__name__}.{next(_sources)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-    namespace = {**code.globals, "fxgraft_nothing": nothing, "fxgraft_base_forward": base_forward(base)}
     exec(compile(source, file, "exec"), namespace)
     return namespace["forward"]
+
+
+def _conditions(reads: Sequence[Read], namespace: dict[str, Any]) -> list[str]:
+    """Python expressions that say whether something a graph holds as a constant has changed since.
+
+    What the owner itself holds is not among them: `Grafted.__setattr__` sees it.
+    """
+    found = []
+    for index, read in enumerate(read for read in reads if read.watchable):
+        place, path = "self", read.path
+        if read.root is not None:
+            place = f"_root{index}"
+            namespace[place] = read.root
+            if isinstance(read.root, types.CellType):
+                place, path = f"{place}.cell_contents", path[1:]
+        for part in path:
+            place = f"{place}.{part}" if part.isidentifier() else f"getattr({place}, {part!r})"
+        namespace[f"_value{index}"] = read.value
+        differs = f"{place} {'is not' if read.value is None or isinstance(read.value, bool) else '!='} _value{index}"
+        in_cell = isinstance(read.root, types.CellType)
+        found.append(f"(not torch.compiler.is_compiling() and {differs})" if in_cell else differs)
+        namespace["torch"] = torch
+    return found
+
+
+@torch.compiler.disable
+def _renewed(owner: nn.Module) -> Any:
+    """The forward of an owner after something its graph depends on has changed outside of it."""
+    before = type(owner)
+    _renew_class(owner)
+    if type(owner) is before:
+        raise CaptureError(
+            f"{base_class(owner).__name__} depends on a value that is never what it was: adapt other layers"
+        )
+    return types.MethodType(type(owner).forward, owner)
 
 
 def add_delta(y: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
