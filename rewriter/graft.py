@@ -362,7 +362,7 @@ def _conditions(reads: Sequence[Read], namespace: dict[str, Any]) -> list[str]:
     return found
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would load Dynamo at import
 def _renewed(owner: nn.Module) -> Any:
     """The forward of an owner after something its graph depends on has changed outside of it."""
     before = type(owner)
