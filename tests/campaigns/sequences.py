@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from zoo import LAYERS, WIDTH, Model, layout, models
 
 import fxgraft as fg
+from fxgraft.passes.pipelines import pipeline_for
+from fxgraft.rewriter.passbase import Program
 
 TOLERANCE = 2e-5  # of the largest output: float32 through a dozen layers
 
@@ -189,6 +191,29 @@ class Life:
             program = fg.capture(self.model, (inputs(),))
             compare(pipeline(program).program.graph_module(inputs()), self.expected(), f"after {pipeline.name}")
 
+    def do_compile(self, pick: int, method: Any) -> None:
+        """Through Dynamo and the passes; the lowering behind them is eager."""
+        torch._dynamo.reset()
+        compiled = torch.compile(self.model, backend=passes_alone)
+        if pick % 2:
+            with torch.no_grad():
+                compare(compiled(inputs()), self.expected(), "compiled")
+            return
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            raise Refused
+        grads = [torch.autograd.grad(m(inputs()).square().mean(), trained) for m in (self.model, compiled)]
+        for eager, other in zip(*grads, strict=True):
+            compare(other, eager.double(), "compiled gradients")
+
+    def do_combine(self, pick: int, method: Any) -> None:
+        names = sorted(self.specs)
+        weights = [(1.0, -0.5, 2.0)[(pick + i) % 3] for i in range(len(names))]
+        mixed = dict(zip(names, weights, strict=True))
+        combined = fg.combine(self.model, mixed, name="mix")
+        want = Life(self.base, self.model, self.specs, mixed).expected()
+        compare(combined(inputs()), want, "combined")
+
     def do_bank(self, pick: int, method: Any) -> None:
         banked = fg.bank(self.model)
         names = [*sorted(self.specs), None]
@@ -266,6 +291,11 @@ class Life:
 
     def check(self, what: str) -> None:
         compare(self.model(inputs()), self.expected(), what)
+
+
+def passes_alone(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+    program = Program(gm, tuple(example_inputs), training=torch.is_grad_enabled())
+    return pipeline_for(program)(program).program.graph_module.forward
 
 
 def inputs() -> Tensor:

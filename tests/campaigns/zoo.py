@@ -122,7 +122,7 @@ def make(kind: str, flag: bool) -> nn.Module:
     }[kind]()
 
 
-KINDS = ("attention", "fused", "feed", "twice", "mixed")
+KINDS = ("attention", "fused", "feed", "twice", "mixed", "counted")
 #: the layers with a weight of each kind of block, and how many equal parts a fused one has
 LAYERS = {
     "attention": ("q", "k", "v", "o"),
