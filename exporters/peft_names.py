@@ -202,6 +202,11 @@ def trained_tensors(
         else:
             others[name] = tensor
     also, values, unknown = base_weights(others, model, what, embeddings(model))
+    if layers := [name.partition(".lora_embedding_")[0] for name in unknown if ".lora_embedding_" in name]:
+        raise CheckpointError(
+            f"{what} has a LoRA on an embedding, {listing(dict.fromkeys(layers))}, and here linear layers alone take "
+            "one: merge it in PEFT and load the merged model"
+        )
     left += [PREFIX + name for name in unknown]
     if left:
         raise CheckpointError(f"{what} has {len(left)} tensor(s) that are not understood: {listing(left)}")

@@ -178,6 +178,12 @@ def test_trained_embeddings(lm, ids, tmp_path, saved, ensure):
         assert not torch.equal(ours.lm_head.fxgraft.default.weight, embedding.default.weight)
 
 
+def test_a_lora_on_an_embedding_is_refused(llama, tmp_path):
+    made(llama, tmp_path, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(fg.CheckpointError, match=r"LoRA on an embedding, 'model\.embed_tokens'"):
+        fg.load_adapter(llama, tmp_path)
+
+
 def test_a_head_that_peft_stores_twice(lm, ids, tmp_path):
     options = {"save_embedding_layers": True}
     theirs = made(lm, tmp_path, options, target_modules=["q_proj"], modules_to_save=["lm_head"])
