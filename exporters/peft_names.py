@@ -191,7 +191,12 @@ def trained_tensors(
         if not names and ending not in _HEADS.get(str(config.get("task_type")), ()):
             raise CheckpointError(f"{what}: modules_to_save names {ending!r}, which this {type(model).__name__} lacks")
         train += [name for name in names if name not in train]
-    train = [n for n in train if not any(n.startswith(f"{other}.") for other in train)]
+    known = {n for n, _ in base_modules(unwrap(model)) if n and any(n.endswith(e) for e in endings)}
+    if inner := sorted(n for n in known if any(n.startswith(f"{other}.") for other in train)):
+        raise CheckpointError(
+            f"{what}: modules_to_save={endings} names {listing(inner)} inside a module that it names too: PEFT has two "
+            "such modules, stores both under one name, and the file does not say which it holds"
+        )
     tensors, others, left = {}, {}, []
     for key, tensor in rest.items():
         name = key.removeprefix(PREFIX)
@@ -204,8 +209,8 @@ def trained_tensors(
     also, values, unknown = base_weights(others, model, what, embeddings(model))
     if layers := [name.partition(".lora_embedding_")[0] for name in unknown if ".lora_embedding_" in name]:
         raise CheckpointError(
-            f"{what} has a LoRA on an embedding, {listing(dict.fromkeys(layers))}, and here linear layers alone take "
-            "one: merge it in PEFT and load the merged model"
+            f"{what} has a LoRA on an embedding (lora_embedding_A), {listing(dict.fromkeys(layers))}, and only linear "
+            "layers take one here: merge it in PEFT and load the merged model"
         )
     left += [PREFIX + name for name in unknown]
     if left:

@@ -178,9 +178,16 @@ def test_trained_embeddings(lm, ids, tmp_path, saved, ensure):
         assert not torch.equal(ours.lm_head.fxgraft.default.weight, embedding.default.weight)
 
 
+def test_a_trained_module_inside_another_is_refused(bert, tmp_path):
+    """PEFT wraps both, stores them under one name, and cannot open that itself."""
+    made(bert, tmp_path, target_modules=["value"], modules_to_save=["LayerNorm", "layer.1.output"])
+    with pytest.raises(fg.CheckpointError, match=r"layer\.1\.output\.LayerNorm' inside a module that it names too"):
+        fg.load_adapter(bert, tmp_path)
+
+
 def test_a_lora_on_an_embedding_is_refused(llama, tmp_path):
     made(llama, tmp_path, target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(fg.CheckpointError, match=r"LoRA on an embedding, 'model\.embed_tokens'"):
+    with pytest.raises(fg.CheckpointError, match=r"LoRA on an embedding .*'model\.embed_tokens'"):
         fg.load_adapter(llama, tmp_path)
 
 
