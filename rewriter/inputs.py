@@ -93,7 +93,7 @@ def _leave_frames_alone() -> None:
     """Tell Dynamo to compile what these frames call, but not the frames. It takes a second to import."""
     from torch._dynamo.eval_frame import skip_code
 
-    for function in (TakesInputs.__call__, _aside.__wrapped__):
+    for function in (TakesInputs.__call__, _aside.__wrapped__, captured):
         skip_code(function.__code__)
 
 
