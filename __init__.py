@@ -11,6 +11,7 @@ from .exporters.errors import SessionError, VerifyError
 from .exporters.gpu_check import GpuReport, check_gpu
 from .exporters.onnx import OnnxExport, export_onnx
 from .exporters.ort import OrtSession
+from .exporters.quantize import QuantizedOnnx, quantize_onnx
 from .exporters.swap import swap
 from .exporters.tenants import add_tenant, bank
 from .exporters.verify import Verification, verify
@@ -69,6 +70,7 @@ __all__ = [
     "PackageError",
     "ParityError",
     "Program",
+    "QuantizedOnnx",
     "SessionError",
     "Spec",
     "SpecError",
@@ -102,6 +104,7 @@ __all__ = [
     "package",
     "parameter_groups",
     "passes",
+    "quantize_onnx",
     "remove",
     "remove_tenant",
     "rewrite",

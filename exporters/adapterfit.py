@@ -46,7 +46,11 @@ def check_fit(
         info = graph[name]
         if value.dtype is not TYPES.get(info.type):
             got = str(value.dtype).removeprefix("torch.")
-            raise AdapterError(f"adapter {adapter!r}: {name!r} is {got}, the graph takes {info.dtype}")
+            hint = f"; it would be rounded: bring the adapted model to {info.dtype} and write it from there"
+            raise AdapterError(
+                f"adapter {adapter!r}: {name!r} is {got}, the graph takes {info.dtype}"
+                + (hint if value.is_floating_point() and TYPES[info.type].is_floating_point else "")
+            )
         shape = tuple(value.shape)
         fits = len(shape) == len(info.shape) and all(
             not isinstance(want, int) or want == size for want, size in zip(info.shape, shape, strict=True)
@@ -67,6 +71,25 @@ def check_fit(
         if not finite(value):
             raise AdapterError(f"adapter {adapter!r}: {name!r} has values that are not finite")
     return {symbol.removesuffix(".rank"): size for symbol, (size, _) in sizes.items() if symbol.endswith(".rank")}
+
+
+def widened_to(values: Mapping[str, torch.Tensor], graph: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
+    """Floating tensors in the graph's dtype where that holds every value they can have: float16 and bfloat16 in
+    float32, all of them in float64. Others stay as they are, for `check_fit` to refuse."""
+    wanted = {name: TYPES.get(graph[name].type) for name in values if name in graph}
+    return {
+        name: value.to(kind)
+        if (kind := wanted.get(name)) is not None and kind in _WIDER.get(value.dtype, ())
+        else value
+        for name, value in values.items()
+    }
+
+
+_WIDER = {
+    torch.float16: (torch.float32, torch.float64),
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
 
 
 def check_config(adapter: str, given: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:

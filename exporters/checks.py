@@ -13,6 +13,7 @@ from ..backends.parity import Parity, floor_of, tolerance_of
 from ..rewriter.draws import draw
 from ..rewriter.errors import ExportError
 from ..rewriter.signature import Axes, arguments
+from .ort_values import TYPES
 from .parity import compare, run
 from .plans import Plan, Truth
 
@@ -94,6 +95,19 @@ def differs(got: Mapping[str, Any], want: Mapping[str, Any], tolerance: float) -
         if difference > tolerance * scale:
             return f"output {name!r} differs by {difference / scale:.3g} of its largest value, allowed {tolerance:.3g}"
     return None
+
+
+def random_adapter(session: Any, seed: int, rank: int = 3) -> dict[str, torch.Tensor]:
+    """Random tensors for the adapter inputs of free size, as large as what they are added to; none where every tensor
+    is a trained head or a whole weight, whose default is the base's."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for value in session.get_overridable_initializers():
+        if any(isinstance(dim, str) for dim in value.shape):
+            shape = [rank if isinstance(dim, str) else dim for dim in value.shape]
+            # Small enough for float16: the product with it must not be infinite.
+            made[value.name] = (torch.randn(shape, generator=generator) / shape[0] ** 0.5).to(TYPES[value.type])
+    return made
 
 
 def drawn(record: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:

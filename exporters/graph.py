@@ -21,7 +21,7 @@ from .errors import ExportError
 from .weights import SMALL, lay_out
 
 # protobuf ends at 2 GiB; beyond this the weights go to a file of their own.
-_INLINE_BYTES = 1_500_000_000
+INLINE_BYTES = 1_500_000_000
 
 
 @contextmanager
@@ -152,7 +152,8 @@ def open_sites(model: Any, sites: Mapping[str, Mapping[str, Leg]], ids: Any = No
             value = graph.initializers.get(key)
             if value is None or not value.uses():
                 raise ExportError(
-                    f"site {site!r} cannot be swapped in the exported graph: the model does not use its {leg}"
+                    f"site {site!r} cannot be swapped in the exported graph: the model does not use its {leg}. Where "
+                    "the forward does not come to this layer, leave it out of the targets (fg.Spec(exclude=[...]))"
                 )
             name = f"{site}.{leg}"
             _release(graph, value, name)
@@ -226,7 +227,8 @@ def _merge_two(graph: Any, node: Any, right: bool) -> None:
     before, after = node.inputs[0].shape, node.outputs[0].shape
     assert before is not None and after is not None and len(after) == len(before) - 1, node
     sizes = [0] * (len(after) - 2) + [-1, int(after[-1])] if right else [0] * (len(after) - 1) + [-1]
-    shape = ir.Value(name=f"{node.name}.shape", const_value=ir.tensor(np.array(sizes, dtype=np.int64)))
+    name = free_name(f"{node.name}.shape", graph.initializers)  # a layer may be called twice
+    shape = ir.Value(name=name, const_value=ir.tensor(np.array(sizes, dtype=np.int64)))
     shape.dtype, shape.shape = ir.DataType.INT64, ir.Shape([len(sizes)])
     graph.register_initializer(shape)
     node.replace_input_with(1, shape)
@@ -306,12 +308,27 @@ def _release(graph: Any, value: Any, name: str) -> None:
 
 
 def close(model: Any, opened: Mapping[str, Opened]) -> None:
-    """Give the opened inputs their defaults: from here on they may be left out."""
+    """Give the opened inputs their defaults: from here on they may be left out.
+
+        MatMul(x, A)  ->  MatMul(x, Identity(A))
+
+    A quantiser takes an initializer that a product reads for a constant, and not what another node gives. onnxruntime
+    drops the Identity when it loads the graph.
+    """
+    import onnx_ir as ir
+
     graph = model.graph
     for value in graph.inputs:
-        if value.name in opened:
-            value.const_value = opened[value.name].default
-            graph.initializers[value.name] = value
+        if value.name not in opened:
+            continue
+        value.const_value = opened[value.name].default
+        graph.initializers[value.name] = value
+        node = ir.node("Identity", [value], name=f"{value.name.replace('.', '/')}/given")
+        given = node.outputs[0]
+        given.name, given.type, given.shape = f"{value.name}.given", value.type, value.shape
+        value.replace_all_uses_with(given, replace_graph_outputs=True)
+        node.replace_input_with(0, value)
+        graph.insert_before(graph[0], node)
 
 
 def widen_convolutions(model: Any) -> None:
@@ -422,7 +439,7 @@ def save(
     """
     import onnx_ir as ir
 
-    outside = weight_bytes(model) > _INLINE_BYTES if external_data is None else external_data
+    outside = weight_bytes(model) > INLINE_BYTES if external_data is None else external_data
     links = lay_out(model, path.parent, folder, forms) if outside else {}
     ir.save(model, path)
     return links

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .errors import SessionError
+
 KEY = "fxgraft.manifest"
 FORMAT = 1
 _SAMPLES = 64
@@ -35,8 +37,12 @@ def load(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     text = metadata.get(KEY)
     if text is None:
         return None
-    manifest = json.loads(text)
-    return manifest if manifest.get("format") == FORMAT else None
+    try:
+        manifest = json.loads(text)
+        told = manifest.get("format")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise SessionError(f"the graph's manifest ({KEY} in its metadata) is damaged: {error}") from error
+    return manifest if told == FORMAT else None
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,17 @@ def renamed(session: Any) -> Renamed:
 def fingerprint(base: torch.nn.Module, sites: Iterable[str]) -> int:
     """31 bits that identify the base weights under `sites` (dotted module paths, `[i]` for a part of one).
 
-    Hashes key, shape, dtype and 64 evenly spaced values of every parameter below each site, so a fine-tuned or another
-    model of the same shapes is told apart at no cost worth naming. Heads outside the sites, which are often newly
-    initialised, do not count. onnxruntime's adapter files have one 32-bit field for this, the model version.
+    Hashes key, shape, dtype and 64 evenly spaced values of every parameter and buffer below each site, so a fine-tuned
+    or another model of the same shapes is told apart at no cost worth naming. A site whose weight is not called
+    `weight` is that parameter, with whatever else its owner holds itself. Heads outside the sites, which are often
+    newly initialised, do not count. onnxruntime's adapter files have one 32-bit field for this, the model version.
     """
     wanted = sorted({site.partition("[")[0] for site in sites})
-    state = base.state_dict()
+    state = {**dict(base.named_buffers(remove_duplicate=False)), **base.state_dict()}
     digest = hashlib.sha256()
     for site in wanted:
         digest.update(site.encode())
-        for key in sorted(key for key in state if key.startswith(f"{site}.")):
+        for key in sorted(_below(site, state)):
             tensor = state[key].detach()
             digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
             flat = tensor.reshape(-1)
@@ -80,3 +87,11 @@ def fingerprint(base: torch.nn.Module, sites: Iterable[str]) -> int:
             if flat.numel():
                 digest.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
     return int.from_bytes(digest.digest()[:4], "little") & 0x7FFFFFFF or 1
+
+
+def _below(site: str, keys: Iterable[str]) -> list[str]:
+    found = [key for key in keys if key.startswith(f"{site}.")]
+    if found and site:
+        return found
+    owner = site.rpartition(".")[0]
+    return [key for key in keys if key.rpartition(".")[0] == owner]

@@ -15,7 +15,6 @@ import torch
 
 from ..backends.parity import Parity
 from ..backends.staging import staged
-from ..rewriter.draws import describe_inputs, fresh
 from ..rewriter.errors import listing
 from ..rewriter.method import ADAPTER_IDS
 from ..rewriter.signature import (
@@ -27,19 +26,19 @@ from ..rewriter.signature import (
     check_sizes,
     given_axes,
     named_tensors,
-    other_sizes,
     symbols,
 )
 from ..rewriter.skeleton import bare, copy_skeleton
 from ..rewriter.state import Container, find_state
 from . import graph, manifest
 from .call import TURN, FlatCall
-from .checks import Inputs, hold_against_torch, probe, rule_of
+from .checks import rule_of
 from .decoder import cached, cached_example
 from .errors import ExportError
-from .parity import quiet_session
-from .plans import Plan, make_plan
+from .plans import make_plan
+from .record import checked, record_of
 from .seal import seal
+from .translations import translations
 from .weights import base_forms, link
 from .widen import has_bfloat16
 
@@ -266,13 +265,11 @@ def export_onnx(
             _save(made.model, file, external_data, target.parent, forms)
             narrow = has_bfloat16(made.model)
             del made
-            parity, record = [], _record(example, axes)
+            parity: list[Parity] = []
+            record = record_of(example, axes)
             if check:
-                session = quiet_session(file)
-                cases, draws = _cases(example, axes, seed)
-                parity = hold_against_torch(plan, session, cases, example.constants, example.nested, rule)
-                record |= _probed(plan, session, example, axes, parity, draws)
-                del session
+                parity, record, more = checked(plan, file, example, axes, seed, rule)
+                notes += more
             seal(file, record)
             files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
     notes += tuple(
@@ -398,9 +395,19 @@ def _translate(program: torch.export.ExportedProgram, opset: int | None) -> Any:
     try:
         with graph.quiet():
             # Unoptimised: the optimizer would fold and merge the very tensors that become inputs.
-            made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                custom_translation_table=translations(),
+            )
     except Exception as error:  # as above
-        raise ExportError(f"the model does not translate to ONNX: {_brief(error)}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the first text says how to report it to PyTorch, the last what it is
+            cause = cause.__cause__
+        raise ExportError(f"the model does not translate to ONNX: {_brief(cause)}") from error
     assert made is not None
     got = made.model.opset_imports[""]
     if opset is not None and got != opset:
@@ -430,42 +437,6 @@ def _without(axes: Axes, fixed: Sequence[tuple[str, int, str, int]]) -> Axes:
     return {key: named for key, named in left.items() if named}
 
 
-def _cases(example: Example, axes: Axes, seed: int) -> tuple[list[tuple[str, Inputs, int]], list[dict[str, Any]]]:
-    """What is compared: the example, and random inputs of other sizes; and those once more as (sizes, seed)."""
-    cases: list[tuple[str, Inputs, int]] = [("example", example.tensors, 0)]
-    draws = []
-    for step, sizes in enumerate(other_sizes(example, axes) or [{}], start=1):
-        cases.append((f"random {step}", fresh(example, axes, sizes, seed + step), step - 1))
-        draws.append({"sizes": sizes, "seed": seed + step})
-    return cases, draws
-
-
-def _record(example: Example, axes: Axes) -> dict[str, Any]:
-    """What `verify` needs to draw inputs for the graph, of an export that was not checked."""
-    return {
-        "parity": [],
-        "inputs": describe_inputs(example),
-        "constants": example.constants,
-        "nested": example.nested,
-        "axes": axes,
-        "probes": [],
-    }
-
-
-def _probed(
-    plan: Plan, session: Any, example: Example, axes: Axes, parity: Sequence[Parity], draws: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """How the export was checked, and what the graph gave, for `verify` to see it again without the model."""
-    names = [value.name for value in session.get_outputs()]
-    probes = []
-    for one in draws:
-        tensors = fresh(example, axes, one["sizes"], one["seed"])
-        for case, feeds in plan.probes(tensors):
-            ids = {"ids": feeds[ADAPTER_IDS].tolist()} if feeds else {}
-            probes.append({**one, **ids, "case": case, "outputs": probe(session, {**tensors, **feeds}, names)})
-    return {"parity": [dataclasses.asdict(check) for check in parity], "probes": probes}
-
-
 def _rank_free(name: str, shape: Shape) -> bool:
     """Whether an adapter input belongs to a site's form: one of its legs has the site's own free rank."""
     return name.rpartition(".")[2] == "router" or f"{name.rpartition('.')[0]}.rank" in shape
@@ -493,7 +464,7 @@ def _describe(model: Any, opened: Mapping[str, graph.Opened], renamed: manifest.
     }
 
 
-def _brief(error: Exception, lines: int = 12) -> str:
+def _brief(error: BaseException, lines: int = 12) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: " + "\n".join(text[:lines] + (["..."] if len(text) > lines else []))
 

@@ -15,7 +15,7 @@ import torch
 from ..rewriter.errors import AdapterError, listing
 from . import manifest
 from .adapterfile import export_ort_adapter
-from .adapterfit import DIFFERENCE, check_config, check_fit, check_room, one_slot, overlap
+from .adapterfit import DIFFERENCE, check_config, check_fit, check_room, one_slot, overlap, widened_to
 from .adapterformat import EXPANDED, STRUCTURED, read_adapter
 from .errors import SessionError
 from .expand import Expander
@@ -25,6 +25,8 @@ from .ort_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
 from .ort_generate import check_prompt, greedy
 from .ort_inputs import IDS, Array, check_ids, check_inputs
 from .ort_values import Device, TensorInfo, to_array, to_ort
+from .ort_weighted import Combiner, check_weights
+from .verify import verify as repeat_checks
 
 
 class OrtSession:
@@ -52,6 +54,7 @@ class OrtSession:
         binding: bool | None = None,
         capacity: int | None = None,
         rank: int | None = None,
+        verify: bool = False,
     ):
         """Open a graph.
 
@@ -65,6 +68,10 @@ class OrtSession:
         capacity    of a graph with a bank: how many tenants have a slot at a time; None is what it was exported for.
         rank        of a graph with a bank: the largest rank a slot takes; None as for `capacity`. A slot takes
                     `rank * (in + out)` numbers per site.
+        verify      repeat the checks of `fg.verify` first, or it is a `VerifyError`: the hash of every byte, and that
+                    the graph gives what it gave at the export.
+
+        Raises `SessionError` where the graph cannot be opened, or has lost its adapter inputs.
         """
         import onnxruntime
 
@@ -76,6 +83,8 @@ class OrtSession:
         for what, size in (("capacity", capacity), ("rank", rank)):
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise SessionError(f"{what}={size!r}: give a whole number from 1 up, or None for what the graph says")
+        if verify:
+            repeat_checks(self.path)
         self._session = start(self.path, providers, threads, strict)
         self.providers: list[str] = self._session.get_providers()
         self.device: Device = device_of(self._session)
@@ -89,7 +98,7 @@ class OrtSession:
         self.outputs = _infos(self._session.get_outputs(), self._renamed.model_outputs())
         self.adapter_inputs = _infos(self._session.get_overridable_initializers())
         _check_whole(self.path, self.manifest, self.inputs, self.adapter_inputs)
-        self._expand = Expander()
+        self._expand, self._combine = Expander(), Combiner(self.device)
         # Weakly: a cache that held its session would keep a dropped graph in memory until the garbage collector runs.
         read = weakref.WeakMethod(self._read)
         self._cache = AdapterCache(lambda name, source: read()(name, source), max_bytes)  # type: ignore[misc]
@@ -107,6 +116,11 @@ class OrtSession:
             )
         else:
             self._fits = self.adapter_inputs
+
+    @property
+    def checked(self) -> bool | None:
+        """Whether the graph was compared with torch when it was exported; None where no manifest says."""
+        return None if self.manifest is None else bool(self.manifest.get("checked", True))
 
     # -- adapters ----------------------------------------------------------------------------------------------------
     @property
@@ -146,6 +160,9 @@ class OrtSession:
         replace      take the place of an adapter of that name (otherwise an error).
         partial      allow whole sites (or trained tensors) to be missing; they stay as in the base model.
         check_base   compare the base weights' fingerprint in the file with the graph's.
+
+        Floating tensors narrower than the graph's are widened, which is exact (float16 into a float32 graph); wider
+        ones would be rounded, and are refused.
 
         Raises `CheckpointError` for a file that is damaged or something else, `AdapterError` where it does not fit the
         graph (see `adapterfit.check_fit`) or the byte budget. Nothing is changed then.
@@ -208,6 +225,7 @@ class OrtSession:
             check_config(name, content.described, own)
         elif content.described is not None:
             values = self._expand(content.described, values, f"adapter {name!r} in {str(source.path)!r}")
+        values = widened_to(values, self._fits)
         ranks = check_fit(name, values, self._fits, source.partial)
         if self._bank is not None:
             check_room(name, values, self._bank.stacks)
@@ -228,7 +246,7 @@ class OrtSession:
     def run(
         self,
         inputs: Mapping[str, Any],
-        adapter: str | Sequence[str] | None = None,
+        adapter: str | Sequence[str] | Mapping[str, float] | None = None,
         adapter_ids: Sequence[str | int | None] | np.ndarray | None = None,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
@@ -237,7 +255,8 @@ class OrtSession:
         inputs       {name: numpy array, torch tensor or nested list} for every name in `inputs` (but for
                      `adapter_ids`), of the graph's dtypes.
         adapter      a loaded or registered adapter's name, None for the base model; a sequence of names for partial
-                     adapters that set different tensors.
+                     adapters that set different tensors; {name: weight} for the weighted sum of adapters with
+                     low-rank factors, in a graph without a bank.
         adapter_ids  of a graph with a bank: the adapter of every sample, by name, or None for the base model. Tenants
                      that are in no slot are brought into one; the least recently used make room, never one that
                      another run is using. Slot numbers as in `slots` are taken as long as no slot has changed hands.
@@ -266,7 +285,7 @@ class OrtSession:
         attention_mask: Any = None,
         *,
         max_new_tokens: int = 64,
-        adapter: str | Sequence[str] | None = None,
+        adapter: str | Sequence[str] | Mapping[str, float] | None = None,
         adapter_ids: Sequence[str | int | None] | np.ndarray | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
@@ -319,11 +338,21 @@ class OrtSession:
         except Exception as error:  # onnxruntime's classes share no base
             raise SessionError(f"onnxruntime failed on {str(self.path)!r}: {error}") from error
 
-    def _active(self, adapter: str | Sequence[str] | None) -> dict[str, Any]:
+    def _active(self, adapter: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, Any]:
         if adapter is None:
             return {}
         if isinstance(adapter, str):
             return self._cache.get(adapter).values
+        if isinstance(adapter, Mapping):
+            weights = check_weights(adapter)
+            if "own" in (self.manifest or {}) and list(weights.values()) != [1.0]:
+                raise AdapterError(
+                    "the graph does the method's arithmetic, and takes one adapter's own tensors: weights need a graph "
+                    "exported with expanded=True"
+                )
+            return self._combine([self._cache.get(name) for name in weights], list(weights.values()))
+        if not isinstance(adapter, Sequence):
+            raise AdapterError(f"adapter={adapter!r}: give a name, several in a list, or weights by name in a dict")
         values: dict[str, Any] = {}
         owner: dict[str, str] = {}
         for one in [self._cache.get(name) for name in adapter]:

@@ -40,7 +40,7 @@ def check_inputs(inputs: Mapping[str, Any], graph: Mapping[str, TensorInfo], ban
     arrays: dict[str, Array] = {}
     sizes: dict[str, tuple[int, str]] = {}
     for name, info in expected.items():
-        array = _array(inputs[name])
+        array = _array(name, inputs[name])
         dtype = str(array.dtype).removeprefix("torch.")
         if dtype != info.dtype:
             raise SessionError(f"input {name!r} is {dtype}, the graph takes {info.dtype}")
@@ -59,11 +59,14 @@ def check_inputs(inputs: Mapping[str, Any], graph: Mapping[str, TensorInfo], ban
     return arrays
 
 
-def _array(given: Any) -> Array:
+def _array(name: str, given: Any) -> Array:
     if isinstance(given, torch.Tensor):
         tensor = given.detach().cpu().contiguous()
         return tensor if tensor.dtype is torch.bfloat16 else tensor.numpy()
-    array = np.asarray(given)
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise SessionError(f"input {name!r} is no array: {error}") from error
     return np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar one-dimensional
 
 
@@ -79,6 +82,11 @@ def check_ids(
         if dim == axis and isinstance(dim, str)
     }
     batch = sizes.pop() if sizes else axis
+    if isinstance(adapter, Mapping):
+        raise SessionError(
+            "a graph with a bank has one adapter for every sample, without weights: run a swappable graph with "
+            "adapter={name: weight}, or make the sum a tenant of its own (fg.combine)"
+        )
     if adapter_ids is None:
         if not (adapter is None or isinstance(adapter, str)) or not isinstance(batch, int):
             raise SessionError("give adapter_ids, one name (or None) for every sample")

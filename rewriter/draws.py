@@ -14,15 +14,24 @@ from .signature import Axes, Example
 _POOL = 1024  # integers are drawn from at most as many of the example's own
 
 
-def describe_inputs(example: Example) -> dict[str, dict[str, Any]]:
-    """For every input its dtype, its shape and where its values come from, ready for JSON.
+def describe_inputs(example: Example, given: bool = False) -> dict[str, dict[str, Any]]:
+    """For every input its dtype, its shape and where its values come from, ready for JSON. With `given`, integers and
+    booleans are the example's own, in its shape.
 
     Floating inputs are normal with the example's mean and spread; integers and booleans are drawn from the example's
     own values, so that token ids stay in range; masks keep a run of ones in every row, at the example's side; a count
     from 0 up stays one.
     """
     return {
-        name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape), **_values(name, t.detach().cpu())}
+        name: {
+            "dtype": str(t.dtype).removeprefix("torch."),
+            "shape": list(t.shape),
+            **(
+                {"kind": "given", "values": t.tolist()}
+                if given and not t.is_floating_point()
+                else _values(name, t.detach().cpu())
+            ),
+        }
         for name, t in example.tensors.items()
     }
 
@@ -59,6 +68,8 @@ def draw(
 
 def _drawn(about: Mapping[str, Any], shape: list[int], generator: np.random.Generator) -> np.ndarray:
     kind = about["kind"]
+    if kind == "given":
+        return np.asarray(about["values"]).reshape(shape)
     if kind == "normal":
         return np.asarray(generator.standard_normal(shape) * about["spread"] + about["mean"])
     if kind == "mask":
@@ -74,7 +85,10 @@ def _drawn(about: Mapping[str, Any], shape: list[int], generator: np.random.Gene
     return np.zeros(shape)
 
 
-def fresh(example: Example, axes: Axes, sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
-    """Random inputs of the given sizes that look like the example, on its devices."""
-    made = draw(describe_inputs(example), axes, sizes, seed)
+def fresh(
+    example: Example, axes: Axes, sizes: Mapping[str, int], seed: int, given: bool = False
+) -> dict[str, torch.Tensor]:
+    """Random inputs of the given sizes that look like the example, on its devices; `given` as for
+    `describe_inputs`."""
+    made = draw(describe_inputs(example, given), axes, sizes, seed)
     return {name: tensor.to(example.tensors[name].device) for name, tensor in made.items()}

@@ -186,3 +186,45 @@ def test_a_head_tied_to_the_embedding_stands_once(tmp_path):
     ids = models.tokens(2, 6)["input_ids"]
     got = session.generate(ids, max_new_tokens=3, adapter_ids=["default", None])
     assert np.array_equal(got[0], adapted.generate(ids[:1], max_new_tokens=3, do_sample=False, eos_token_id=None)[0])
+
+
+def test_a_layer_called_twice(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.kernel = nn.Linear(8, 8), nn.Parameter(torch.randn(2, 8, 8))
+
+        def forward(self, x):
+            # A parameter of three dimensions is transposed, which is no weight's `.T`.
+            return self.l(self.l(x).relu()) + x @ self.kernel.transpose(1, 2)[0]
+
+    adapted = models.stir(fg.rewrite(Twice().eval(), fg.Spec(fg.HydraLoRA(rank=2, experts=2), targets=["l"])))
+    for mode in ("swappable", "bank"):
+        fg.export_onnx(adapted, tmp_path / "m.onnx", (X,), adapters=mode, external_data=True)
+        session = fg.OrtSession(tmp_path / "m.onnx")
+        if mode == "swappable":
+            session.load("a", fg.export_ort_adapter(adapted, tmp_path / "a.onnx_adapter"))
+        how = {"adapter": "a"} if mode == "swappable" else {"adapter_ids": ["default"] * 3}
+        assert models.difference(session.run({"x": X}, **how)["output"], adapted(X)) < models.TOLERANCE
+
+
+def test_integers_that_cannot_be_drawn(tmp_path):
+    class Counts(nn.Module):
+        """As many sevens as there are rows of pixels, as LLaVA has image tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.table, self.l = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+        def forward(self, ids, pixels):
+            mask = ids == 7
+            if not torch.compiler.is_compiling() and int(mask.sum()) != pixels.shape[0]:
+                raise ValueError("sevens and pixels do not match")
+            return self.l(self.table(ids).masked_scatter(mask[..., None], pixels))
+
+    adapted = models.graft(Counts().eval(), ["l"])
+    example = {"ids": torch.tensor([[1, 7, 7, 2], [3, 7, 4, 7]]), "pixels": torch.randn(4, 8)}
+    export = fg.export_onnx(adapted, tmp_path / "m.onnx", example)
+    assert "takes no random integers" in export.notes[-1] and len(export.parity) == 2
+    got = fg.OrtSession(tmp_path / "m.onnx", verify=True).run(example)["output"]
+    assert models.difference(got, adapted(**example)) < models.TOLERANCE

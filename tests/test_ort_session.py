@@ -167,7 +167,7 @@ def cast(arrays, name, dtype):
             r"tensors the graph does not take: 'side\.A'; it takes 'head\.weight'",
         ),
         (lambda a: cast(a, "up.A", np.float64), r"'up\.A' is float64, the graph takes float32"),
-        (lambda a: cast(a, "head.weight", np.float16), r"'head\.weight' is float16, the graph takes float32"),
+        (lambda a: cast(a, "head.weight", np.int32), r"'head\.weight' is int32, the graph takes float32"),
         (lambda a: a.update({"up.A": a["up.A"][:-1]}), r"'up\.A' has shape \(5, 2\), the graph takes float32 \(6 x"),
         (lambda a: a.update({"up.A": a["up.A"].T.copy()}), r"'up\.A' has shape \(2, 6\)"),
         (lambda a: a.update({"head.bias": a["head.bias"][None]}), r"'head\.bias' has shape \(1, 3\)"),
