@@ -13,7 +13,7 @@ from ..rewriter.state import M
 from .authors import reader_of
 from .bounded import as_path
 from .fill import check_derived
-from .folder import CONFIG, DERIVED, WEIGHTS, check_config_is_theirs, read_folder
+from .folder import DERIVED, WEIGHTS, adapter_folder, check_config_is_theirs, read_folder
 from .foreign import graft
 from .foreign_keys import plain_keys
 from .native import FORMAT, load_native, save_native
@@ -97,22 +97,6 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
     adapted = graft(model, foreign, name, what)
     check_derived(adapted, name, stored.metadata.get(DERIVED), what)
     return adapted
-
-
-def adapter_folder(directory: Path, name: str) -> Path:
-    """The folder itself if it holds an adapter, or the one inside it that does; `name` tells between several."""
-    if (directory / CONFIG).is_file() or not directory.is_dir():
-        return directory
-    # what starts with a dot is a writer's workspace
-    inside = sorted(f.parent.name for f in directory.glob(f"*/{CONFIG}") if not f.parent.name.startswith("."))
-    if len(inside) == 1 or name in inside:
-        return directory / (name if name in inside else inside[0])
-    if inside:
-        raise CheckpointError(
-            f"{str(directory)!r} holds {len(inside)} adapters, {listing(inside)}, and none is called {name!r}: give "
-            f"the folder of one, {str(directory / inside[0])!r}"
-        )
-    return directory
 
 
 def _refuse_pickle(directory: Path) -> None:

@@ -86,6 +86,24 @@ def write_folder(
         raise CheckpointError(f"cannot write to {str(target)!r}: {reason}") from error
 
 
+def writable(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter as a file holds them: on the CPU, dense, each with memory of its own.
+
+    Raises:
+        CheckpointError: a value is not finite, or a tensor is not all there.
+    """
+    if gone := [key for key, t in tensors.items() if t.is_meta or not t.numel()]:
+        raise CheckpointError(
+            f"adapter {name!r}: {listing(gone)} has no values here; nothing was written. Parameters that DeepSpeed "
+            "ZeRO-3 has partitioned are gathered with deepspeed.zero.GatheredParameters(model.parameters()), those on "
+            "the meta device are loaded first"
+        )
+    dense = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    if bad := [key for key, t in dense.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
+        raise CheckpointError(f"adapter {name!r} has NaN or infinite values in {listing(bad)}; nothing was written")
+    return dense
+
+
 def content(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes."""
     told = hashlib.sha256()
@@ -138,6 +156,22 @@ def read_folder(directory: str | os.PathLike[str]) -> Stored:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def adapter_folder(directory: Path, name: str = "default") -> Path:
+    """The folder itself if it holds an adapter, or the one inside it that does; `name` tells between several."""
+    if (directory / CONFIG).is_file() or not directory.is_dir():
+        return directory
+    # what starts with a dot is a writer's workspace
+    inside = sorted(f.parent.name for f in directory.glob(f"*/{CONFIG}") if not f.parent.name.startswith("."))
+    if len(inside) == 1 or name in inside:
+        return directory / (name if name in inside else inside[0])
+    if inside:
+        raise CheckpointError(
+            f"{str(directory)!r} holds {len(inside)} adapters, {listing(inside)}, and none is called {name!r}: give "
+            f"the folder of one, {str(directory / inside[0])!r}"
+        )
+    return directory
 
 
 def read_config_bytes(folder: Path) -> tuple[bytes, Identity]:

@@ -9,7 +9,8 @@ from ..rewriter.adapterstate import AdapterState, SiteMethod
 from ..rewriter.errors import CheckpointError
 from ..rewriter.method import Method
 from ..rewriter.targets import matches
-from .folder import check_config_is_theirs, read_folder
+from .bounded import as_path
+from .folder import Stored, adapter_folder, check_config_is_theirs, read_folder
 from .native import ABOUT, FORMAT, read_spec
 
 
@@ -19,13 +20,18 @@ def read_state(directory: str | os.PathLike[str]) -> AdapterState:
     Raises:
         CheckpointError: the folder is damaged, or another program's: its names mean something only beside the model.
     """
-    stored = read_folder(directory)
+    stored = read_folder(adapter_folder(as_path(directory)))
     what = f"the adapter in {str(directory)!r}"
     if stored.config.get("format") != FORMAT:
         raise CheckpointError(
             f"{what} is not in fxgraft's own format: load it with fg.load_adapter(model, folder) and give the "
             "fg.adapter_state of that"
         )
+    return state_of(stored, what)
+
+
+def state_of(stored: Stored, what: str) -> AdapterState:
+    """The state in a folder of ours that has been read."""
     spec, sites = read_spec(stored, what)
     check_config_is_theirs(stored, ABOUT, what)
     groups: dict[Method, int] = {}

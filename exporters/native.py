@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rewriter.api import adapter_state
+from ..rewriter.api import _live_state
 from ..rewriter.errors import CheckpointError, SpecError, listing
 from ..rewriter.plan import Plan
+from ..rewriter.shards import full, on_first
 from ..rewriter.spec import Spec
 from ..rewriter.state import M, record_of, unwrap
 from .fill import check_derived, derived_hash, filled
-from .folder import CONFIG, WEIGHTS, Stored, check_config_is_theirs, write_folder
+from .folder import CONFIG, WEIGHTS, Stored, check_config_is_theirs, writable, write_folder
 
 FORMAT, FORMAT_VERSION = "fxgraft", 1
 DERIVED = "derived"  # entry of the config: a hash of what follows from it
@@ -46,10 +47,9 @@ def save_native(
     """
     root = unwrap(adapted)
     record = record_of(root, name)
-    state = {**adapter_state(root, name), **(values or {})}
-    tensors = {k: t.cpu().contiguous().clone() for k, t in state.items()}
-    if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
-        raise CheckpointError(f"adapter {name!r} has NaN or infinite values in {listing(bad)}; nothing was written")
+    live, values = _live_state(root, name), values or {}
+    tensors = {k: values[k] if k in values else full(t.detach()) for k, t in live.items()}
+    tensors = writable(tensors, name)
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -65,7 +65,8 @@ def save_native(
     }
     if (derived := derived_hash(root, name)) is not None:
         config[DERIVED] = derived
-    write_folder(directory, config, tensors)
+    here = [] if values else live.values()  # whoever gathered them says which process writes
+    on_first(here, lambda: write_folder(directory, config, tensors))
     return Path(directory)
 
 

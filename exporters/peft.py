@@ -21,10 +21,11 @@ from ..passes.methods.unilora import UniLoRA
 from ..rewriter.api import adapter_modules
 from ..rewriter.errors import CheckpointError, listing
 from ..rewriter.method import Method
+from ..rewriter.shards import full, on_first, reshard
 from ..rewriter.sites import Site
 from ..rewriter.state import AdapterRecord, AdapterTensors, base_modules, grafted_modules, lookup, record_of, unwrap
 from .fill import derived_hash
-from .folder import DERIVED, write_folder
+from .folder import DERIVED, writable, write_folder
 from .foreign import exactly
 from .foreign_keys import PREFIX
 from .peft_names import is_conv1d, is_linear, saved_names, target_names
@@ -55,6 +56,7 @@ def save_peft(
         raise CheckpointError(f"{what}: {_no_peft_form([group.method for group in record.groups])}")
     if save_indices is not None and kinds != {UniLoRA}:
         raise CheckpointError(f"{what}: save_indices is for Uni-LoRA, and this is {next(iter(kinds)).__name__}")
+    reshard(root)
     sites = {t.site.name: t for _, t in adapter_modules(root, name, record) if t.site is not None}
     fields, tensors = writer(root, record, sites, what, save_indices)
     config: dict[str, Any] = {
@@ -72,12 +74,11 @@ def save_peft(
         tensors |= {f"{PREFIX}{tie.path}.{k}": t for k, t in own.items() if f"{PREFIX}{tie.path}.{k}" not in tensors}
     for tie in record.ties:
         tensors[PREFIX + tie.full] = tensors[f"{PREFIX}{tie.trained}.{tie.name}"]
-    # clones: safetensors refuses views that share memory
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    if bad := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
-        raise CheckpointError(f"adapter {name!r} has NaN or infinite values in {listing(bad)}; nothing was written")
+    live = list(tensors.values())
+    tensors = writable({key: full(tensor.detach()) for key, tensor in tensors.items()}, name)
     derived = derived_hash(root, name)
-    write_folder(directory, config, tensors, {DERIVED: derived} if derived is not None else None)
+    extra = {DERIVED: derived} if derived is not None else None
+    on_first(live, lambda: write_folder(directory, config, tensors, extra))
     return Path(directory)
 
 

@@ -12,7 +12,12 @@ from ..rewriter.adapterstate import AdapterState
 from ..rewriter.api import adapter_state, base_of
 from ..rewriter.api import swap as swap_state
 from ..rewriter.state import record_of
+from . import folder_state
+from .bounded import as_path
 from .checkpoint import load_adapter
+from .fill import check_derived
+from .folder import adapter_folder, read_folder
+from .native import DERIVED, FORMAT
 
 
 def swap(
@@ -33,9 +38,21 @@ def swap(
     """
     if isinstance(state, (str, os.PathLike)):
         record_of(model, name)
-        there = adapter_state(load_adapter(base_of(model), state, name), name)
+        there = _in_folder(model, state, name)
         state = AdapterState(_widened(there, adapter_state(model, name)), there.methods)
     swap_state(model, state, name)
+
+
+def _in_folder(model: nn.Module, directory: str | os.PathLike[str], name: str) -> AdapterState:
+    """The state in a folder. Only other programs' folders need the base model, to know what their names mean."""
+    folder = adapter_folder(as_path(directory), name)
+    stored = read_folder(folder)
+    if stored.config.get("format") != FORMAT:
+        return adapter_state(load_adapter(base_of(model), directory, name), name)
+    what = f"the adapter in {str(folder)!r}"
+    there = folder_state.state_of(stored, what)
+    check_derived(model, name, stored.config.get(DERIVED), what)
+    return there
 
 
 def _widened(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

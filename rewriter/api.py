@@ -35,6 +35,7 @@ from .off import turned_off
 from .plan import Plan, Shape, declare, plan
 from .reach import watch
 from .saving import release_saving, take_over_saving
+from .shards import check_unsharded, full, put, reshard
 from .sites import Site
 from .skeleton import copy_skeleton
 from .spec import Spec
@@ -131,6 +132,7 @@ def graft_adapter(
         source = outline_linears(source)  # type: ignore[assignment]
     check_name(source, name)
     check_no_tuners(source)
+    check_unsharded(source)
     resolution = resolve(source, spec)
     groups = _group(resolution, order)
     declared = declare(groups)
@@ -396,6 +398,7 @@ def adapter_parameters(
 
 def _live_state(root: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors themselves: trainable, frozen and the trained modules' whole state; nothing derived."""
+    reshard(root)
     record = record_of(root, name)
     modules = grafted_modules(root)
     found: dict[str, Tensor] = {}
@@ -411,10 +414,11 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
     """What makes up an adapter, detached, not copied: `<site>.<tensor>`, shared tensors by their bare name, and
     the trained modules under their base keys. Derived tensors (Uni-LoRA's indices) are not part of it.
 
-    The dict remembers the methods it was taken from (`AdapterState.methods`).
+    The dict remembers the methods it was taken from (`AdapterState.methods`). Of a model that FSDP2 has sharded every
+    process gets whole tensors, and every process has to call this.
     """
     root = unwrap(model)
-    tensors = {key: tensor.detach() for key, tensor in _live_state(root, name).items()}
+    tensors = {key: full(tensor.detach()) for key, tensor in _live_state(root, name).items()}
     return AdapterState(tensors, methods_of(record_of(root, name)))
 
 
@@ -470,7 +474,7 @@ def write_state(root: nn.Module, name: str, given: Mapping[str, Tensor]) -> None
             raise AdapterError(f"{key!r} and {other!r} are one tensor in this model, and are given different values")
     with torch.no_grad():
         for key, slot in live.items():
-            slot.copy_(given[key])
+            put(slot, given[key])
 
 
 def swap(model: nn.Module, state: Mapping[str, Tensor] | nn.Module, name: str = "default") -> None:
@@ -491,6 +495,7 @@ def swap(model: nn.Module, state: Mapping[str, Tensor] | nn.Module, name: str = 
     if not isinstance(state, Mapping):
         raise AdapterError(f"{what} is a {type(state).__name__}; give adapter_state(...) or a model")
     check_same_function(methods_of(record), state, what)
+    state = {key: full(t) if isinstance(t, Tensor) else t for key, t in state.items()}
     check_state(_live_state(root, name), state, what)
     write_state(root, name, state)
 

@@ -47,7 +47,8 @@ def followed(name: str) -> property:
     """A parameter of a module, read from the trained copy that it is tied to."""
 
     def read(self: Any) -> Any:
-        return _own(self, name) if is_off(self) else getattr(*self.fxgraft_follows[name])
+        own = _own(self, name)
+        return own if is_off(self) or _fsdp_holds(self, own) else getattr(*self.fxgraft_follows[name])
 
     return property(read)
 
@@ -59,9 +60,16 @@ def _own(module: nn.Module, name: str) -> Any:
     raise AttributeError(name)
 
 
+def _fsdp_holds(module: nn.Module, own: Any) -> bool:
+    """Whether FSDP2 keeps this parameter sharded now. Then it is FSDP2 that asks for it, by its name, and takes what it
+    gets for its own: nobody else can compute with it before it is gathered."""
+    return "_is_fsdp_managed_module" in module.__dict__ and hasattr(own, "full_tensor")
+
+
 def _trained(name: str) -> property:
     def read(self: Any) -> Any:
-        return _own(self, name) if is_off(self) else getattr(self.fxgraft_slot0, name)
+        own = _own(self, name)
+        return own if is_off(self) or _fsdp_holds(self, own) else getattr(self.fxgraft_slot0, name)
 
     return property(read)
 
@@ -69,7 +77,7 @@ def _trained(name: str) -> property:
 def _between(name: str) -> property:
     def read(self: Any) -> Any:
         own = _own(self, name)
-        if own is None or is_off(self):
+        if own is None or is_off(self) or _fsdp_holds(self, own):
             return own
         return own + self.fxgraft_weight0 * (getattr(self.fxgraft_slot0, name) - own)
 

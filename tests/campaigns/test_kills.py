@@ -119,7 +119,7 @@ def kills(tmp_path, writer, times, seed):
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_killed_writer_leaves_one_whole_adapter(tmp_path, writer):
-    kills(tmp_path, writer, 4, seed=0)
+    kills(tmp_path, writer, 2, seed=0)
 
 
 @pytest.mark.campaign
