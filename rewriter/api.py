@@ -32,6 +32,7 @@ from .graft import (
 from .inputs import GUARD, release_inputs, take_inputs
 from .method import Decl, Declaration, InitContext, Method
 from .off import turned_off
+from .parents import rebind_forwards
 from .plan import Plan, Shape, declare, plan
 from .reach import watch
 from .saving import release_saving, take_over_saving
@@ -160,6 +161,7 @@ def graft_adapter(
         tie(modules[tied.path], name, tied.attribute, copies[tied.trained], tied.name)
     state.adapters[name] = AdapterRecord(spec, groups, resolution.train, ties=resolution.ties)
     set_active(adapted, [name])
+    rebind_forwards(adapted, (modules[path] for path in _owners(state.adapters[name])))
     take_over_saving(adapted)
     return adapted
 

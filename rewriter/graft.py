@@ -31,7 +31,7 @@ from .standin import followed, plain, retrained
 from .state import ADAPTERS, TIED, AdapterTensors, Container, lookup
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
-_HOOKED = "_old_forward"  # plain attribute where accelerate keeps the forward that its hook on a module calls
+HOOKED = "_old_forward"  # plain attribute where accelerate keeps the forward that its hook on a module calls
 FOLLOWS = "fxgraft_follows"  # plain attribute: what of TIED is active
 WEIGHT = "fxgraft_weight"  # plain attribute of an owner: what the delta of a slot is multiplied with, if not 1
 BASE = "fxgraft_base"  # plain attribute of an owner: its class before grafting
@@ -120,7 +120,7 @@ def plain_view(module: nn.Module) -> nn.Module:
     base = base_class(module)
     view = base.__new__(base)
     hidden: tuple[str, ...] = (SLOT, WEIGHT, BASE, SWITCH, TIED, FOLLOWS)
-    hidden += ("forward", _HOOKED) if _hooked(module) else ()
+    hidden += ("forward", HOOKED) if _hooked(module) else ()
     view.__dict__ = {k: v for k, v in attributes(module).items() if not k.startswith(hidden)}
     view.__dict__["_modules"] = {k: v for k, v in module._modules.items() if not isinstance(v, Container)}
     return view
@@ -250,7 +250,7 @@ def _slots(owner: nn.Module) -> list[nn.Module]:
 
 def _hooked(owner: nn.Module) -> bool:
     """Whether accelerate put a hook on a module after it was grafted."""
-    return BASE in owner.__dict__ and getattr(owner.__dict__.get(_HOOKED), "__self__", None) is owner
+    return BASE in owner.__dict__ and getattr(owner.__dict__.get(HOOKED), "__self__", None) is owner
 
 
 def check_forward(owner: nn.Module, path: str) -> None:
@@ -264,8 +264,8 @@ def check_forward(owner: nn.Module, path: str) -> None:
 
 def _follow_class(owner: nn.Module) -> None:
     """accelerate's hook on a module calls the forward that it found there: make it that of the class now."""
-    if "forward" in owner.__dict__ and getattr(owner.__dict__.get(_HOOKED), "__self__", None) is owner:
-        owner.__dict__[_HOOKED] = types.MethodType(type(owner).forward, owner)
+    if "forward" in owner.__dict__ and getattr(owner.__dict__.get(HOOKED), "__self__", None) is owner:
+        owner.__dict__[HOOKED] = types.MethodType(type(owner).forward, owner)
 
 
 def _weights(owner: nn.Module) -> dict[int, torch.Tensor]:

@@ -14,6 +14,7 @@ Does not see: weights that are no plain tensors (quantised, sharded), and forwar
 from __future__ import annotations
 
 import bisect
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .dataflow import tied_names
@@ -185,39 +186,54 @@ class _Run:
     names: tuple[str, ...]
     places: list[_Place]
     mode: _Reads
+    frame: Any  # of `_call_impl`, which calls the hooks from an inner function or, after an error, itself
+    thread: int
+
+    def over(self) -> bool:
+        """Whether the call was left without `_after`: an interrupt, as from the keyboard."""
+        frame = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back  # type: ignore[assignment]
+        return frame is None
+
+    def end(self) -> None:
+        global _run
+        _run = None
+        self.mode.__exit__(None, None, None)
 
 
-_running = threading.local()
+_run: _Run | None = None  # one at a time in the process: torch keeps some flags of its modes for all threads
+_lock = threading.Lock()
 
 
 def _before(root: nn.Module, args: Any) -> None:
+    global _run
     if captured():
         return
     state: ModelState | None = root.__dict__.get(STATE)
     if state is None or torch.jit.is_tracing() or getattr(root, "_is_replica", False):
         return
-    stale: _Run | None = getattr(_running, "run", None)
-    if stale is not None and stale.root is root:  # what was interrupted never got to its end
-        _running.run = None
-        stale.mode.__exit__(None, None, None)
-    keys = nothing.keys
-    off = keys is not nothing and state.switch.key in keys
-    names = tuple(name for name in state.active if name not in state.proved)
-    if off or not names or is_in_torch_dispatch_mode():
-        return
-    places = _places(root, state, names)
-    run = _running.run = _Run(root, names, places, _Reads(_Memory(places)))
-    run.mode.__enter__()
+    with _lock:
+        if _run is not None and _run.thread == threading.get_ident() and _run.over():
+            _run.end()
+        keys = nothing.keys
+        off = keys is not nothing and state.switch.key in keys
+        names = tuple(name for name in state.active if name not in state.proved)
+        if _run is not None or off or not names or torch._C._len_torch_dispatch_stack():
+            return
+        places = _places(root, state, names)
+        _run = _Run(root, names, places, _Reads(_Memory(places)), sys._getframe(2), threading.get_ident())
+        _run.mode.__enter__()
 
 
 def _after(root: nn.Module, args: Any, output: Any) -> None:
     if captured():
         return
-    run: _Run | None = getattr(_running, "run", None)
-    if run is None or run.root is not root:
+    run, caller = _run, sys._getframe(1)
+    if run is None or run.frame not in (caller, caller.f_back):  # of another call, in another thread maybe
         return
-    _running.run = None
-    run.mode.__exit__(None, None, None)
+    with _lock:
+        run.end()
     state: ModelState | None = root.__dict__.get(STATE)
     if output is None or state is None:  # the forward raised
         return

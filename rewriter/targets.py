@@ -16,6 +16,7 @@ from .dataflow import tied_names
 from .errors import AdapterError, CaptureError, TargetError, listing, near_misses
 from .graft import base_class, plain_view
 from .method import Method
+from .parents import reader_of
 from .patterns import full_match
 from .sites import LinearNode, NoMatch, Site, find_linears
 from .spec import ALL_LINEAR, Spec, Target
@@ -118,6 +119,12 @@ def _sites_of(model_modules: Mapping[str, nn.Module], candidate: _Candidate) -> 
         return NoMatch(
             "nn.MultiheadAttention reads this weight without calling the layer: an adapter on it would be "
             "silently skipped; use separate projections"
+        )
+    reader = reader_of(model_modules, candidate.owner, candidate.attribute)
+    if reader is not None:
+        return NoMatch(
+            f"{type(model_modules[reader]).__name__} ({reader or 'the root'}) reads this weight without calling the "
+            "layer: an adapter on it would be silently skipped"
         )
     base = base_class(owner)
     if base.forward is nn.Module.forward:

@@ -251,3 +251,192 @@ def test_a_bank_is_not_watched():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(bank(x), model(x))
+
+
+# -- refused at once ---------------------------------------------------------------------------------------------
+class Attention(nn.Module):
+    """As WavLM, torchvision's Swin, timm's BEiT and EVA02: the products are the parent's."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.q, self.k, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = getattr(self, self.how)(x)
+        return self.out(y)
+
+    def never(self, x):
+        return self.k(x)
+
+
+class Product(Attention):
+    def forward(self, x):
+        with torch.no_grad():
+            pass
+        return self.out(F.linear(x, self.q.weight, self.q.bias) + self.k(x))
+
+
+class Transposed(Attention):
+    def forward(self, x):
+        return self.helper(x)
+
+    def helper(self, x):
+        return self.out(x @ self.q.weight.t().contiguous())
+
+
+class Joined(Attention):
+    def forward(self, x):
+        weight = torch.cat([self.q.weight, self.k.weight])
+        return self.out(F.linear(x, weight)[..., :4])
+
+
+class Also(Attention):
+    def forward(self, x):
+        return self.q(x) + F.linear(x, self.q.weight)
+
+
+class Grandparent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Attention("never")
+
+    def forward(self, x):
+        return x @ self.inner.q.weight
+
+
+@pytest.mark.parametrize("cls", [Product, Transposed, Joined, Also])
+def test_a_parent_that_reads_the_weight_is_seen_at_rewrite(cls):
+    for model in (cls("never"), nn.Sequential(cls("never"), cls("never"))):
+        with pytest.raises(fg.TargetError, match=rf"q' cannot be adapted: {cls.__name__} .*without calling the layer"):
+            fg.rewrite(model, fg.Spec(LORA, ["q"]))
+        with pytest.warns(UserWarning, match="left out"):
+            adapted = fg.rewrite(model, fg.Spec(LORA))
+        assert not any(row.site.endswith("q") for row in fg.explain(adapted).rows)
+        fg.rewrite(model, fg.Spec(LORA, ["out"] if cls is not Also else ["k"]))
+
+
+def test_a_grandparent_that_reads_the_weight_is_seen_at_rewrite():
+    with pytest.raises(fg.TargetError, match=r"'inner.q' cannot be adapted: Grandparent \(the root\)"):
+        fg.rewrite(Grandparent(), fg.Spec(LORA, ["q"]))
+
+
+class Careful(nn.Module):
+    """Reads that are none: shape, dtype, device, and branches that are not taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.slow, self.names = nn.Linear(4, 4), False, ["a"]
+
+    def forward(self, x):
+        if isinstance(self.q.weight, torch.Tensor) and self.q.weight.dtype != torch.int8:
+            x = x.to(self.q.weight.dtype).to(self.q.weight)
+        assert self.q.weight is not None and self.q.weight.shape[0] == 4
+        if self.slow:
+            return F.linear(x, self.q.weight)
+        y = F.linear(x, self.q.weight) if self.slow else self.q(x)
+        return y + torch.zeros_like(self.q.weight).sum() + self.q.weight.new_zeros(4) + self.q.weight.size(0) - 4
+
+
+def test_reading_metadata_is_not_reading():
+    model, x = Careful(), torch.randn(2, 4)
+    adapted = perturb(fg.rewrite(model, fg.Spec(LORA, ["q"])))
+    torch.testing.assert_close(adapted(x), fg.merge(adapted)(x))
+    adapted = perturb(fg.rewrite(model, fg.Spec(LORA, ["q"])))
+    adapted.slow = True
+    with pytest.raises(fg.AdapterError, match=LAST):
+        adapted(x)
+
+
+class Bound(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+        self.call = self.q.forward
+
+    def forward(self, x):
+        return self.call(x)
+
+
+def test_a_forward_bound_before_grafting_is_bound_anew():
+    model, x = Bound(), torch.randn(2, 4)
+    adapted = perturb(fg.rewrite(model, fg.Spec(LORA, ["q"])))
+    assert not torch.allclose(adapted(x), model(x), atol=1e-3)
+    torch.testing.assert_close(fg.merge(adapted)(x), adapted(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(adapted))(x), adapted(x))
+    torch.testing.assert_close(copy.deepcopy(adapted)(x), adapted(x))
+    with fg.disabled(adapted):
+        torch.testing.assert_close(adapted(x), model(x))
+    fg.remove(adapted, "default")
+    torch.testing.assert_close(adapted(x), model(x))
+
+
+def mamba():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=1)), "dt_proj"
+
+
+def bloom():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=2, pretraining_tp=2, slow_but_exact=True)
+    return BloomForCausalLM(config), "dense"
+
+
+def mobilebert():
+    from transformers import MobileBertConfig, MobileBertForMaskedLM
+
+    config = MobileBertConfig(
+        vocab_size=16, hidden_size=8, embedding_size=4, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, intra_bottleneck_size=8, true_hidden_size=8,
+    )  # fmt: skip
+    return MobileBertForMaskedLM(config), "predictions.decoder"
+
+
+def wavlm():
+    from transformers import WavLMConfig, WavLMModel
+
+    config = WavLMConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, conv_dim=(4,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1,
+    )  # fmt: skip
+    return WavLMModel(config), "q_proj"
+
+
+@pytest.mark.parametrize("make", [mamba, bloom, mobilebert, wavlm])
+def test_models_whose_parents_read_weights(make):
+    model, target = make()
+    model.eval()
+    inputs = torch.randn(1, 40) if make is wavlm else torch.tensor([[1, 2, 3, 4]])
+    with pytest.raises(fg.FxgraftError, match=r"reads (this weight|the base's values)"):
+        perturb(fg.rewrite(model, fg.Spec(LORA, [target])))(inputs)
+
+
+def test_one_encoder_of_two_may_run_alone():
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2}
+    config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=4)
+    adapted = perturb(fg.rewrite(CLIPModel(config).eval(), fg.Spec(LORA, ["q_proj"])))
+    ids = torch.tensor([[1, 3, 2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted.get_text_features(input_ids=ids)
+        adapted(input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8))
+    assert not adapted._forward_hooks
+
+
+def test_routed_experts_and_dropped_layers_of_transformers():
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    config = Wav2Vec2Config(
+        hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, conv_dim=(4,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1,
+        layerdrop=0.9, mask_time_prob=0.0,
+    )  # fmt: skip
+    adapted = fg.rewrite(Wav2Vec2Model(config), fg.Spec(LORA, ["q_proj"])).train()
+    with pytest.warns(UserWarning, match=r"did not reach \d of 3"):
+        torch.manual_seed(3)
+        adapted(torch.randn(1, 40))
