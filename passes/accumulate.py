@@ -6,7 +6,8 @@
 Inside, `bias + z across^T` is a product with the bias as its start, and `x W^T` runs with beta 1 into that buffer. The
 backward does the same the other way: the gradient of x through the base is the only new tensor of x's size.
 Does not handle up halves that are more than a product (HydraLoRA), sums that anything else reads, products with a
-weight that is no plain matrix (quantised), operands that are written in between, and numbers that autocast rounds.
+weight that is no plain matrix (quantised), operands that are written in between, and numbers that autocast rounds. In
+less than float32 the sum stays a step of its own: what the adapter changed is then what it changes without compiling.
 """
 
 from __future__ import annotations
@@ -93,13 +94,14 @@ class Accumulate(Pass):
         memory = Memory(program.graph)
         if program.training and (autocast() or any(n.target is _enter_autocast for n in program.graph.nodes)):
             return PassResult(program, False, 0, (NoMatch("training under autocast: the way back has casts too"),))
-        if memory.transform is not None:
-            return PassResult(program, False, 0, (NoMatch("its operator has no rule for vmap", memory.transform.name),))
         for node in list(program.graph.nodes):
             found = summed(node)
             if isinstance(found, NoMatch):
                 continue
             base, delta = found
+            if memory.transformed(node):
+                no_matches.append(NoMatch("its operator has no rule for vmap", node.name))
+                continue
             parts = _up_half(delta)
             if parts is None:
                 continue
@@ -126,6 +128,8 @@ class Accumulate(Pass):
         if (reason := one_product(memory, node, base, delta, x_or_z, arguments)) is not None:
             return reason
         x, weight = value(base.x), value(base.weight)
+        if weight is not None and weight.dtype.is_floating_point and weight.dtype.itemsize < 4:
+            return NoMatch(f"a {weight.dtype} sum is rounded once, and so tells less of the delta", node.name)
         if x is not None and weight is not None and (x.dtype != weight.dtype or not weight.dtype.is_floating_point):
             return NoMatch(f"the base multiplies {x.dtype} by {weight.dtype}", node.name)
         if not self.always:

@@ -154,13 +154,12 @@ class Constants:
         self._known: dict[fx.Node, Tensor | NoMatch] = {}
 
     def all(self, arguments: tuple[Any, ...], at: fx.Node) -> list[Any] | NoMatch:
-        found = []
-        for argument in arguments:
-            value = self.of(argument) if isinstance(argument, fx.Node) else argument
-            if isinstance(value, NoMatch):
+        nodes: list[fx.Node] = []
+        fx.node.map_arg(arguments, nodes.append)
+        for node in nodes:
+            if isinstance(value := self.of(node), NoMatch):
                 return NoMatch(value.reason, at.name)
-            found.append(value)
-        return found
+        return list(fx.node.map_aggregate(arguments, lambda a: self.of(a) if isinstance(a, fx.Node) else a))  # type: ignore[arg-type]
 
     def of(self, node: fx.Node) -> Any:
         if node not in self._known:

@@ -43,14 +43,15 @@ class Share(Pass):
             else:
                 groups[tuple(node.args[1 : 1 + how.shared]) + (node.target,)].append(node)
         count, memory = 0, Memory(program.graph)
-        if memory.transform is not None:
-            return PassResult(program, False, 0, (NoMatch("its function has no rule for vmap", memory.transform.name),))
 
         def apart(run: list[fx.Node], node: fx.Node) -> NoMatch | None:
             return late(node.args[1:], run[0]) or memory.changed(node.args[1:], run[0], node)
 
         runs = [(shared, target, run) for (*shared, target), group in groups.items() for run in together(group, apart)]
         for shared, target, nodes in runs:
+            if memory.transformed(nodes[0]):
+                no_matches.append(NoMatch("its function has no rule for vmap", nodes[0].name))
+                continue
             if len(nodes) == 1:
                 no_matches.append(NoMatch("no other node reads the same tensors", nodes[0].name))
                 continue

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._functorch import predispatch
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from .dialect import is_dialect
 
@@ -28,7 +30,7 @@ class Effect:
         writes: nodes whose memory it may change.
         shares: nodes whose memory its result may lie in.
         pure: it may go when nobody reads it, and of two equal ones one will do.
-        fixed: nothing may move across it: it switches a mode (autocast, gradients, vmap), or is not known at all.
+        fixed: nothing may move across it: it is not known at all.
     """
 
     writes: tuple[fx.Node, ...] = ()
@@ -69,6 +71,10 @@ _UNKNOWN = {"set_", "resize_", "resize_as_", "requires_grad_", "detach_", "swap_
 _FRESH = {"linear", "matmul", "scaled_dot_product_attention", "layer_norm", "rms_norm", "group_norm", "conv1d", "where",
           "conv2d", "conv3d", "bilinear", "inner", "outer", "cross_entropy_loss", "one_hot", "square", "std", "var",
           "hstack", "vstack", "concat", "concatenate", "column_stack"}  # fmt: skip
+#: say how what stands behind them is computed: autocast, gradients, the transforms of `torch.func`
+_SWITCHES = {_enter_autocast, _exit_autocast, torch._C._set_grad_enabled}
+_NOTHING = {torch._C._log_api_usage_once, getattr(predispatch, "lazy_load_decompositions", None)}
+_BATCH = {f for name, f in vars(predispatch).items() if name in ("_add_batch_dim", "_remove_batch_dim")}
 _MODULES = {"torch", "torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special", "torch.functional"}
 _FUNCTIONAL = {f for f in vars(F).values() if inspect.isfunction(f)}
 #: higher-order operators that do what the graphs they are given do
@@ -191,6 +197,9 @@ def effect(node: fx.Node) -> Effect:
         name = target._schema.name.split("::")[1]
         nothing = not target._schema.returns and not target._schema.is_mutable and target.namespace != "aten"
         return unknown if name in _UNKNOWN or nothing else _by_schema(node, (target,))
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = tuple(getattr(target, name) for name in target.overloads())
+        return _by_schema(node, tuple(op for op in overloads if torch._C._dispatch_has_kernel(op.name())))
     if isinstance(target, torch._ops.HigherOrderOperator):
         return _of_subgraphs(node)
     try:
@@ -208,9 +217,11 @@ def _of_function(node: fx.Node, target: Any, inputs: tuple[fx.Node, ...]) -> Eff
         return Effect(first, first)
     if target in _ARITHMETIC:  # lists are added too
         return Effect(shares=() if value(node) is not None else inputs, pure=True)
-    if target in _CHECKS:
+    if target in _CHECKS or target in _NOTHING or switches(node):
         return Effect()
-    if target in _READERS or getattr(target, "__module__", None) == "math":
+    if target is torch.tensor:
+        return Effect(shares=inputs)
+    if target in _READERS or target in _BATCH or getattr(target, "__module__", None) == "math":
         return Effect(shares=inputs, pure=target is operator.getitem)
     if target in _FUNCTIONAL:
         return _by_signature(node)
@@ -218,6 +229,13 @@ def _of_function(node: fx.Node, target: Any, inputs: tuple[fx.Node, ...]) -> Eff
     if getattr(target, "__module__", None) in _MODULES and name not in _UNKNOWN and (overloads := _overloads(name)):
         return _by_schema(node, overloads)
     return Effect(inputs, inputs, fixed=True)
+
+
+def switches(node: fx.Node) -> bool:
+    """Whether a node says how what stands behind it is computed."""
+    return node.op == "call_function" and (
+        node.target in _SWITCHES or getattr(node.target, "__name__", "").endswith("crement_nesting")
+    )
 
 
 # -- values ----------------------------------------------------------------------------------------------------------

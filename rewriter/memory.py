@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .effects import Effect, attribute, effect, value
+from .effects import Effect, attribute, effect, switches, value
 from .sites import NoMatch
 
 
@@ -38,8 +38,7 @@ class Memory:
                 self._fixed.append(place)
                 for other in self._effects[node].writes:
                     self._join(node, other)
-        #: a node of `torch.func`: between two of these a product may have a dimension that is not seen
-        self.transform = next((n for n in self._nodes if "increment_nesting" in str(n.target)), None)
+        self._modes = dict(zip(self._nodes, _modes(self._nodes), strict=True))
         self._writes: dict[Any, list[int]] = defaultdict(list)
         for node, what in self._effects.items():
             for root in {self._root(other) for other in what.writes}:
@@ -55,12 +54,14 @@ class Memory:
 
     def stands(self, new: fx.Node, old: fx.Node) -> None:
         """Let a node that was just made count as the one whose place it takes."""
-        self._place[new], self._effects[new] = self._place[old], self._effects[old]
+        self._place[new], self._effects[new], self._modes[new] = self._place[old], self._effects[old], self._modes[old]
         self._join(new, old)
 
     def changed(self, values: Iterable[Any], first: fx.Node, last: fx.Node) -> NoMatch | None:
         """Why these values may not be the same for a node at `first` as at `last`; None where they are."""
         start, end = self._place[first], self._place[last]
+        if self._modes[first] != self._modes[last]:
+            return NoMatch(f"{first.name} is computed in another mode (autocast, gradients, vmap)", last.name)
         at = bisect_left(self._fixed, start)
         if at < len(self._fixed) and self._fixed[at] < end:
             return NoMatch(f"{self._nodes[self._fixed[at]].name} stands in between", last.name)
@@ -80,7 +81,12 @@ class Memory:
 
     def modes(self) -> NoMatch | None:
         """A node that switches a mode, or of which nothing is known."""
-        return NoMatch(f"{self._nodes[self._fixed[0]].name} may switch a mode", "") if self._fixed else None
+        odd = next((n for n in self._nodes if switches(n) or self._effects[n].fixed), None)
+        return None if odd is None else NoMatch(f"{odd.name} may switch a mode", odd.name)
+
+    def transformed(self, node: fx.Node) -> bool:
+        """Whether a transform of `torch.func` is at work: tensors may have a dimension that is not seen."""
+        return bool(self._modes[node][2])
 
     def pure(self, node: fx.Node) -> bool:
         """Whether the node only reads, and gives the same for the same."""
@@ -94,6 +100,27 @@ class Memory:
         if not what.shares:
             return True
         return what.shares == what.writes and len(what.writes) == 1 and self.private(what.writes[0])
+
+
+def _modes(nodes: list[fx.Node]) -> Iterator[tuple[Any, ...]]:
+    """For each node: the autocasts around it, what was last said of gradients, and the transforms around it."""
+    casts: list[tuple[fx.Node, Any]] = []
+    gradients: Any = None
+    transforms: list[fx.Node] = []
+    for node in nodes:
+        if switches(node):
+            name = getattr(node.target, "__name__", "")
+            if name == "_enter_autocast":
+                casts.append((node, node.args))
+            elif name == "_exit_autocast":
+                casts = [cast for cast in casts if cast[0] is not node.args[0]]
+            elif "increment" in name:
+                transforms.append(node)
+            elif "decrement" in name:
+                transforms = transforms[:-1]
+            else:
+                gradients = node.args[0]
+        yield tuple(arguments for _, arguments in casts), gradients, tuple(transforms)
 
 
 def _storage(node: fx.Node) -> Any:
