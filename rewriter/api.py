@@ -309,7 +309,7 @@ def _apply_active(root: nn.Module, state: ModelState, weights: Mapping[str, floa
             if (name in state.active) != (name in weights):
                 parameters = adapter_parameters(root, name, record, modules)
                 _switch_gradients(state, name, parameters, name in weights)
-        set_fast_paths(modules, [path for name in weights for path in _owners(state.adapters[name])])
+        set_fast_paths(modules, [path for name in weights for path in _owners(state.adapters[name])], state.switch)
         take_inputs(root, (wanted for n in weights for g in state.adapters[n].groups for wanted in g.method.inputs))
         state.active = tuple(weights)
         state.weights = {name: weight for name, weight in weights.items() if weight != 1}

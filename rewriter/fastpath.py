@@ -6,11 +6,13 @@ for it. An adapter on such a child would be silently skipped, so the fused path 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-_SAVED = "fxgraft_fast_path"
+from .graft import allow_fused, forbid_fused
+from .off import Switch
+
 #: class -> the attribute that allows the fused path, and the value that forbids it
 _SWITCHES: dict[type[nn.Module], tuple[str, object]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
@@ -18,18 +20,17 @@ _SWITCHES: dict[type[nn.Module], tuple[str, object]] = {
 }
 
 
-def set_fast_paths(modules: dict[str, nn.Module], adapted: Iterable[str]) -> None:
+def set_fast_paths(modules: Mapping[str, nn.Module], adapted: Iterable[str], switch: Switch) -> None:
     """Forbid the fused path of every layer that contains one of the `adapted` owners; allow it again elsewhere."""
     inside = {path[:end] for path in adapted for end in _prefix_ends(path)}
     for path, module in modules.items():
         for kind, (attribute, off) in _SWITCHES.items():
             if not isinstance(module, kind):
                 continue
-            if path in inside and _SAVED not in module.__dict__:
-                module.__dict__[_SAVED] = module.__dict__.get(attribute)
-                module.__dict__[attribute] = off
-            elif path not in inside and _SAVED in module.__dict__:
-                module.__dict__[attribute] = module.__dict__.pop(_SAVED)
+            if path in inside:
+                forbid_fused(module, attribute, off, switch)
+            else:
+                allow_fused(module)
 
 
 def _prefix_ends(path: str) -> list[int]:

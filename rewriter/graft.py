@@ -27,7 +27,7 @@ from .observe import Read
 from .off import Switch, base_forward, nothing
 from .percall import current
 from .sites import NoMatch, Site, find_linears
-from .standin import followed, plain, retrained
+from .standin import followed, only_off, plain, retrained
 from .state import ADAPTERS, TIED, AdapterTensors, Container, lookup
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
@@ -35,6 +35,7 @@ HOOKED = "_old_forward"  # plain attribute where accelerate keeps the forward th
 FOLLOWS = "fxgraft_follows"  # plain attribute: what of TIED is active
 WEIGHT = "fxgraft_weight"  # plain attribute of an owner: what the delta of a slot is multiplied with, if not 1
 BASE = "fxgraft_base"  # plain attribute of an owner: its class before grafting
+FUSED = f"{BASE}_fused"  # plain attribute: an attribute that allows a fused path, and the value that forbids it
 SWITCH = "fxgraft_switch"  # plain attribute of an owner: the model's switch
 PROVENANCE = "fxgraft"  # key in node.meta
 
@@ -234,9 +235,26 @@ def _weight_tensor(weight: float, module: nn.Module) -> torch.Tensor:
 def restore_class(owner: nn.Module) -> None:
     """Give an owner without adapters its original class back."""
     owner.__class__ = owner.__dict__.pop(BASE)
-    for attribute in [a for a in owner.__dict__ if a.startswith((SLOT, WEIGHT, FOLLOWS, SWITCH))]:
+    for attribute in [a for a in owner.__dict__ if a.startswith((SLOT, WEIGHT, FOLLOWS, FUSED, SWITCH))]:
         del owner.__dict__[attribute]
     _follow_class(owner)
+
+
+def forbid_fused(module: nn.Module, attribute: str, value: object, switch: Switch) -> None:
+    """Let an attribute that allows a fused path over adapted children read as `value`, except inside `disabled`."""
+    module.__dict__.setdefault(BASE, type(module))
+    module.__dict__.update({FUSED: (attribute, value), SWITCH: switch})
+    _renew_class(module)
+
+
+def allow_fused(module: nn.Module) -> None:
+    """Undo `forbid_fused`."""
+    if module.__dict__.pop(FUSED, None) is None:
+        return
+    if ADAPTERS in module._modules or TIED in module.__dict__:
+        _renew_class(module)
+    else:
+        restore_class(module)
 
 
 # -- classes -----------------------------------------------------------------------------------------------------
@@ -282,13 +300,15 @@ def _class_for(
     owner: nn.Module, slots: Sequence[nn.Module], weights: Mapping[int, Any], follows: Mapping[str, Any]
 ) -> type[nn.Module]:
     """The class that computes an owner with these slots; `weights` says which of them are weighted."""
-    base = base_class(owner)
+    base, fused = base_class(owner), owner.__dict__.get(FUSED)
+    unfused = {} if fused is None else {fused[0]: only_off(*fused)}
     if slots and not isinstance(slots[0], AdapterTensors):
         names, namespace = retrained(base, owner, 0 in weights)
-        return _class((base, "retrained", names, 0 in weights), base, namespace)
+        return _class((base, "retrained", names, 0 in weights, fused), base, {**namespace, **unfused})
     if not slots:
         held = tuple((name, leaf) for name, (_, leaf) in follows.items())
-        return _class((base, held), base, {**plain(base), **{name: followed(name) for name, _ in held}})
+        tied = {name: followed(name) for name, _ in held}
+        return _class((base, held, fused), base, {**plain(base), **tied, **unfused})
     view = plain_view(owner)
     traced = trace(view)
     described = tuple(

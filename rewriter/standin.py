@@ -53,6 +53,18 @@ def followed(name: str) -> property:
     return property(read)
 
 
+def only_off(attribute: str, value: object) -> property:
+    """A plain attribute that is `value` while adapters are active, and its own inside `disabled`."""
+
+    def read(self: Any) -> Any:
+        return self.__dict__[attribute] if is_off(self) else value
+
+    def write(self: Any, own: Any) -> None:
+        self.__dict__[attribute] = own
+
+    return property(read, write)
+
+
 def _own(module: nn.Module, name: str) -> Any:
     for tensors in (module._parameters, module._buffers, module._modules):
         if name in tensors:

@@ -369,3 +369,30 @@ def test_remove_in_every_order(order: tuple[str, ...]) -> None:
     assert torch.equal(m(X), plain) and type(m[0]) is nn.Linear
     assert {n: p.requires_grad for n, p in m.named_parameters()} == flags
     assert not any(k.startswith("fxgraft") for module in m.modules() for k in module.__dict__)
+
+
+# -- layers that compute their children in one fused call ------------------------------------------------------------
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fused_path_of_an_encoder_is_the_bases_alone(padded: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    spec = fg.Spec(fg.LoRA(rank=2), targets=["layers.1.linear1"])
+    a = noisy(fg.rewrite(base, spec))
+    x, mask = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    mask[0, 3:] = padded
+    options = {"src_key_padding_mask": mask} if padded else {}
+    with torch.no_grad():
+        want, plain = fg.merge(a)(x, **options), base(x, **options)
+        keep = ~mask  # what the fused path leaves of padding is zero
+        for twin in (a, copy.deepcopy(a), pickle.loads(pickle.dumps(a))):
+            torch.testing.assert_close(twin(x, **options)[keep], want[keep], rtol=1e-4, atol=1e-5)
+            with fg.disabled(twin):
+                assert torch.equal(twin(x, **options), plain)
+            torch.testing.assert_close(twin(x, **options)[keep], want[keep], rtol=1e-4, atol=1e-5)
+            fg.set_active(twin, [])
+            assert torch.equal(twin(x, **options), plain)
+            fg.set_active(twin, ["default"])
+        fg.remove(a, "default")
+        assert torch.equal(a(x, **options), plain)
+    assert [type(m) for m in a.modules()] == [type(m) for m in base.modules()]
+    assert not any("fxgraft" in key for m in a.modules() for key in m.__dict__)
