@@ -298,6 +298,31 @@ def open_stacks(model: Any, stacks: Mapping[str, tuple[str, torch.Tensor]], ids:
     return opened
 
 
+def refuse_negative_ids(model: Any, ids: Any) -> None:
+    """Let a slot below 0 be an error of the runtime: a Gather counts negative indices from the end.
+
+    Gather(stack, adapter_ids)  ->  Gather(stack, Where(adapter_ids < 0, no slot, adapter_ids))
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    users = [use.node for use in ids.uses() if use.node.op_type == "Gather" and use.idx == 1]
+    constants = []
+    for leg, number in (("first", 0), ("none", 2**31 - 1)):
+        name = f"{ids.name}.{leg}"
+        value = ir.Value(name=name, const_value=ir.tensor(np.array(number, dtype=np.int64), name=name))
+        value.dtype, value.shape = ir.DataType.INT64, ir.Shape([])
+        graph.register_initializer(value)
+        constants.append(value)
+    below = ir.node("Less", [ids, constants[0]], name=f"{ids.name}/Less")
+    there = ir.node("Where", [below.outputs[0], constants[1], ids], name=f"{ids.name}/Where")
+    below.outputs[0].dtype, below.outputs[0].shape = ir.DataType.BOOL, ids.shape
+    there.outputs[0].dtype, there.outputs[0].shape = ids.dtype, ids.shape
+    graph.insert_before(graph[0], [below, there])
+    for node in users:
+        node.replace_input_with(1, there.outputs[0])
+
+
 def _release(graph: Any, value: Any, name: str) -> None:
     """Make an initializer a plain input. It gets its default back in `close`, after the optimizer: rewrite rules look
     at the values of initializers even where those can be overridden, and drop a bias that happens to be zero."""

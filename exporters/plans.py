@@ -285,14 +285,19 @@ class Banked(Plan):
         first = next((name for name, tensor in example.tensors.items() if tensor.dim()), None)
         if first is None:
             raise ExportError("no example input has a batch axis, so there are no samples to choose adapters for")
-        if example.tensors[first].shape[0] > 1:
-            prove_rows(self._banked, example.kwargs)
-            copy_rows(self._banked, BANK, self.module)
+        self._tell_rows(example.kwargs)
         tensors = {**example.tensors, ADAPTER_IDS: self._ids(example.tensors, 0)}
         if 0 in axes.get(first, {}):
             axes = {**axes, ADAPTER_IDS: {0: axes[first][0]}}
             dims = {**dims, ADAPTER_IDS: {0: dims[first][0]}}
         return dataclasses.replace(example, tensors=tensors), axes, {**dims, ADAPTER_IDS: dims.get(ADAPTER_IDS)}
+
+    def _tell_rows(self, inputs: Mapping[str, Any]) -> None:
+        """Tell the module which rows of its sites' inputs are which sample's, found out on the bank."""
+        first = next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
+        if first.shape[0] > 1:
+            prove_rows(self._banked, inputs)
+            copy_rows(self._banked, BANK, self.module)
 
     def _ids(self, tensors: Inputs, start: int) -> torch.Tensor:
         """Tenants in turn, and the base model."""
@@ -301,6 +306,7 @@ class Banked(Plan):
         return torch.tensor([slots[(i + start) % len(slots)] for i in range(batch)])
 
     def open(self, model: Any, ids: Any) -> dict[str, graph.Opened]:
+        self._slots = ids
         sites = {}
         for site, (form, tensors) in self.twin.sites.items():
             legs = {}
@@ -316,6 +322,7 @@ class Banked(Plan):
     def close(self, model: Any) -> None:
         state = self.base.state_dict()
         graph.unpin(model, {key: state[key] for key in self.heads})
+        graph.refuse_negative_ids(model, self._slots)
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
         ids = self._ids(tensors, step)
@@ -330,7 +337,12 @@ class Banked(Plan):
         yield f"mixed batch{larger}", lambda inputs, dtype=None: self._rows(inputs, ids.tolist(), dtype), feeds
         if not step and self.twin.sites:
             run = _torch(self.module)
-            truth, loud = _loud(self.twin, lambda inputs, dtype=None: run({**inputs, ADAPTER_IDS: ids}, dtype))
+
+            def told(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> Arrays:
+                self._tell_rows(inputs)
+                return run({**inputs, ADAPTER_IDS: ids}, dtype)
+
+            truth, loud = _loud(self.twin, told)
             yield "random tenants", truth, {ADAPTER_IDS: ids, **loud}
 
     def probes(self, tensors: Inputs) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

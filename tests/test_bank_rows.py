@@ -56,7 +56,7 @@ class Queries(OneLinear):
         self.k, self.learned = nn.Linear(8, 8), nn.Parameter(torch.randn(4, 8))
 
     def forward(self, x):
-        q, k = self.q(self.learned.unsqueeze(1).expand(4, len(x), 8)), self.k(x)
+        q, k = self.q(self.learned.unsqueeze(1).expand(4, x.shape[0], 8)), self.k(x)
         return torch.einsum("qbd,btd->bqt", q, k).softmax(-1) @ k
 
 

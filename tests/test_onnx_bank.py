@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_models as models
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -221,3 +222,36 @@ def test_experts_of_a_bank_are_of_one_number(tmp_path):
         fg.OrtSession(tmp_path / "m.onnx", capacity=0)
     with pytest.raises(fg.AdapterError, match="the graph's own tenants take 1 slots, and rank 2"):
         fg.OrtSession(tmp_path / "m.onnx", rank=1)
+
+
+@pytest.mark.parametrize("kind", ["SequenceFirst", "SamplesInside", "Queries"])
+def test_samples_that_are_not_the_first_dimension(tmp_path, kind):
+    """The graph takes each sample's rows from where the bank found them, whatever the sizes."""
+    import test_bank_rows as rows
+
+    base = getattr(rows, kind)().eval()
+    own = rows.tenants(base)
+    axes = {"x": {0: "batch", 1: "tokens"}}
+    example = (torch.randn(3, 4, 8),)
+    fg.export_onnx(fg.bank(base, own), tmp_path / "bank.onnx", example, adapters="bank", dynamic_shapes=axes)
+    session = fg.OrtSession(tmp_path / "bank.onnx", threads=1)
+    for shape in ((3, 4, 8), (5, 6, 8), (2, 2, 8), (1, 5, 8)):
+        x, names = torch.randn(shape), rows.names_of(shape[0])
+        (got,) = session.run({"x": x}, adapter_ids=names).values()
+        with torch.no_grad():
+            want = torch.stack([(own[name] if name else base)(x)[i] for i, name in enumerate(names)])
+        assert models.difference(got, want) < models.TOLERANCE
+    raw = ort.InferenceSession(tmp_path / "bank.onnx", providers=["CPUExecutionProvider"])
+    for wrong in (-1, 3):
+        with pytest.raises(Exception, match="out of data bounds"):
+            raw.run(None, {"x": np.zeros((2, 4, 8), np.float32), "adapter_ids": np.array([1, wrong])})
+
+
+def test_samples_that_cannot_be_told_apart(tmp_path):
+    import test_bank_rows as rows
+
+    base = rows.Mixed().eval()
+    banked = fg.bank(base, rows.tenants(base))
+    with pytest.raises(fg.AdapterError, match="depend on several of the 3 samples"):
+        fg.export_onnx(banked, tmp_path / "bank.onnx", (torch.randn(3, 4, 8),), adapters="bank")
+    assert not (tmp_path / "bank.onnx").exists()
