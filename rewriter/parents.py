@@ -1,7 +1,8 @@
 """Parents that take a child's tensor without calling the child, told from their source.
 
-    F.linear(x, self.q.weight)        q.weight   certain: every forward runs it
-    if slow: x @ self.q.weight.t()    q.weight   maybe
+    F.linear(x, self.q.weight)                    q.weight   every forward runs it
+    if slow: x @ self.q.weight.t()                           maybe: nothing is said
+    if slow: ... and no `self.q(x)` anywhere      q.weight   whatever runs, it is not the child
 
 A read of shape, dtype or device is none. What source cannot tell (a local name for the child, a forward captured in a
 lambda) is left to the watched first forward (`reach.py`).
@@ -13,6 +14,7 @@ import ast
 import functools
 import inspect
 import textwrap
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -37,9 +39,16 @@ _LOOKS = frozenset((
 _PLAIN = (ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return)
 
 
-def certain_reads(parent: nn.Module) -> frozenset[str]:
-    """Dotted names, from the parent on, of the children's attributes that every forward of the parent reads."""
-    return _certain(base_class(parent))  # type: ignore[arg-type]
+def reads(cls: type[nn.Module], attribute: str) -> frozenset[str]:
+    """Dotted names, from the parent on, of the children's tensors that a parent takes instead of calling the child."""
+    if not any(_mentions(function.__code__, attribute) for function in _methods(cls)):
+        return frozenset()  # reading and parsing source takes milliseconds
+    return _certain(cls) | _never_called(cls)  # type: ignore[arg-type]
+
+
+def _mentions(code: types.CodeType, attribute: str) -> bool:
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return attribute in code.co_names or any(_mentions(const, attribute) for const in inner)
 
 
 @functools.lru_cache(maxsize=2048)
@@ -47,16 +56,61 @@ def _certain(cls: type[nn.Module]) -> frozenset[str]:
     return frozenset(_of_method(cls, "forward", set()))
 
 
+@functools.lru_cache(maxsize=2048)
+def _never_called(cls: type[nn.Module]) -> frozenset[str]:
+    """What methods of the class read of children that none of them calls, or hands to anything that might."""
+    reads: set[str] = set()
+    used: set[str] = set()
+    for function in _methods(cls):
+        tree = _parsed(function)
+        if tree is None or not tree.args.args:
+            continue
+        me = tree.args.args[0].arg
+        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        for node in ast.walk(tree):
+            chain = _chain(node, me)
+            if chain is None or len(chain) != 1:
+                continue
+            child, outer = chain[0], parents[node]
+            if isinstance(outer, ast.Attribute) and not _METADATA.isdisjoint((outer.attr,)):
+                continue
+            if isinstance(outer, ast.Attribute) and isinstance(outer.ctx, ast.Load):
+                further = parents[outer]
+                called = isinstance(further, ast.Call) and further.func is outer
+                if called or (isinstance(parents.get(further), ast.Call) and isinstance(further, ast.Attribute)):
+                    (used if called else reads).add(child if called else f"{child}.{outer.attr}")
+                elif not (isinstance(further, ast.Attribute) and further.attr in _METADATA):
+                    reads.add(f"{child}.{outer.attr}")
+            elif not (isinstance(outer, ast.Call) and _called(outer.func) in _LOOKS and node is not outer.func):
+                used.add(child)
+    return frozenset(read for read in reads if read.partition(".")[0] not in used)
+
+
+def _methods(cls: type[nn.Module]) -> Iterator[Any]:
+    """The functions of a class and its bases, but those that make it."""
+    for base in cls.__mro__:
+        if base not in (nn.Module, object):
+            for name, value in vars(base).items():
+                function = inspect.unwrap(value) if inspect.isfunction(value) else None
+                if inspect.isfunction(function) and not name.startswith(("__init__", "_init", "init_", "reset_")):
+                    yield function
+
+
+def _parsed(function: Any) -> ast.FunctionDef | None:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):  # no source: made at run time
+        return None
+    return tree if isinstance(tree, ast.FunctionDef) else None
+
+
 def _of_method(cls: type[nn.Module], name: str, seen: set[str]) -> Iterator[str]:
     function = inspect.unwrap(getattr(cls, name, None) or nn.Module.forward)
     if name in seen or function is nn.Module.forward or not inspect.isfunction(function):
         return
     seen.add(name)
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):  # no source: made at run time
-        return
-    if isinstance(tree, ast.FunctionDef) and tree.args.args:
+    tree = _parsed(function)
+    if tree is not None and tree.args.args:
         yield from _of_block(cls, tree.args.args[0].arg, tree.body, seen)
 
 
@@ -153,7 +207,7 @@ def reader_of(modules: Mapping[str, nn.Module], owner: str, attribute: str) -> s
         parent = modules.get(path)
         if parent is None:
             continue
-        for read in certain_reads(parent):
+        for read in reads(base_class(parent), attribute):
             if read == f"{within}.{attribute}" or read.startswith(f"{within}.{attribute}."):
                 return path
     return None

@@ -77,5 +77,3 @@ def check_unsharded(model: nn.Module) -> None:
             "rewrite or load the adapter first, on every process, and shard the adapted model. fg.swap(model, folder) "
             "gives an adapter that is there other values"
         )
-
-

@@ -305,7 +305,16 @@ class Grandparent(nn.Module):
         return x @ self.inner.q.weight
 
 
-@pytest.mark.parametrize("cls", [Product, Transposed, Joined, Also])
+class Slow(Attention):
+    """As Mamba's dt_proj: in a branch, but called nowhere."""
+
+    def forward(self, x):
+        if x.dim() == 2:
+            return self.out(x @ self.q.weight)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("cls", [Product, Transposed, Joined, Also, Slow])
 def test_a_parent_that_reads_the_weight_is_seen_at_rewrite(cls):
     for model in (cls("never"), nn.Sequential(cls("never"), cls("never"))):
         with pytest.raises(fg.TargetError, match=rf"q' cannot be adapted: {cls.__name__} .*without calling the layer"):
@@ -411,6 +420,14 @@ def test_models_whose_parents_read_weights(make):
     inputs = torch.randn(1, 40) if make is wavlm else torch.tensor([[1, 2, 3, 4]])
     with pytest.raises(fg.FxgraftError, match=r"reads (this weight|the base's values)"):
         perturb(fg.rewrite(model, fg.Spec(LORA, [target])))(inputs)
+
+
+def test_all_linear_leaves_out_what_a_parent_reads():
+    model, _ = mamba()
+    with pytest.warns(UserWarning, match="dt_proj"):
+        adapted = perturb(fg.rewrite(model.eval(), fg.Spec(LORA)))
+    ids = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(adapted(ids).logits, fg.merge(adapted)(ids).logits)
 
 
 def test_one_encoder_of_two_may_run_alone():
