@@ -128,13 +128,15 @@ def graft_adapter(
         raise AdapterError(f"rewrite(dtype={dtype}): adapter tensors are of a floating type")
     source = unwrap(model)
     if isinstance(source, torch.fx.GraphModule):
-        from .outline import outline_linears
+        from .outline import check_graph_reads, outline_linears
 
         source = outline_linears(source)  # type: ignore[assignment]
     check_name(source, name)
     check_no_tuners(source)
     check_unsharded(source)
     resolution = resolve(source, spec)
+    if isinstance(source, torch.fx.GraphModule):
+        check_graph_reads(source, (site for site, _ in resolution.sites))
     groups = _group(resolution, order)
     declared = declare(groups)
     if check is not None:

@@ -115,6 +115,8 @@ def trace(module: nn.Module) -> Trace:
         CaptureError: the forward is replaced on the instance, torch.fx cannot follow it, or a graph would not compute
             what it does: it changes attributes, or depends on what a graph cannot ask at every call.
     """
+    if isinstance(module, fx.GraphModule):
+        return Trace(module.graph, (type(module), module.code))
     structure = _structure(module)
     with _lock:
         for known in _traces.get(structure, ()):

@@ -54,6 +54,7 @@ def eager_form(graph: fx.Graph) -> fx.Graph:
     """
     result = fx.Graph()
     result.output(result.graph_copy(graph, {}))
+    result.set_codegen(graph._codegen)
     for node in result.nodes:
         if is_dialect(node.target):
             node.target = _direct[node.target]  # type: ignore[index]

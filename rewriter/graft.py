@@ -7,6 +7,7 @@ share ONE class, so `torch.compile` compiles them once; switching adapters of eq
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import linecache
 import types
@@ -76,7 +77,7 @@ class Grafted(nn.Module):
         if name not in self.fxgraft_reads and (name not in slots or (before is None) == (value is None)):
             return
         try:
-            _renew_class(self)
+            renew_class(self)
         except FxgraftError:
             if before is self:
                 super().__delattr__(name)
@@ -87,6 +88,8 @@ class Grafted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class cannot be imported; it is a function of the base class and the slots.
         base = base_class(self)
+        if base.__reduce__ is not object.__reduce__:
+            return base.__reduce__(self)
         own = getattr(base, "__getstate__", None)
         state = attributes(self) if own is None or own is object.__getstate__ else own(self)
         return (_bare, (base,), state)
@@ -95,7 +98,7 @@ class Grafted(nn.Module):
         base = base_class(self)
         self.__class__ = base  # type: ignore[assignment]
         base.__setstate__(self, state)
-        _renew_class(self)
+        renew_class(self)
 
 
 def _bare(base: type[nn.Module]) -> nn.Module:
@@ -119,7 +122,7 @@ def plain_view(module: nn.Module) -> nn.Module:
     if BASE not in module.__dict__ and ADAPTERS not in module._modules:
         return module
     base = base_class(module)
-    view = base.__new__(base)
+    view = object.__new__(base)  # the class' own may ask for arguments, and that of a GraphModule makes another class
     hidden: tuple[str, ...] = (SLOT, WEIGHT, BASE, SWITCH, TIED, FOLLOWS)
     hidden += ("forward", HOOKED) if _hooked(module) else ()
     view.__dict__ = {k: v for k, v in attributes(module).items() if not k.startswith(hidden)}
@@ -290,7 +293,7 @@ def _weights(owner: nn.Module) -> dict[int, torch.Tensor]:
     return {int(k.removeprefix(WEIGHT)): v for k, v in owner.__dict__.items() if k.startswith(WEIGHT)}
 
 
-def _renew_class(owner: nn.Module) -> None:
+def renew_class(owner: nn.Module) -> None:
     """Give an owner the class that its slots and attributes ask for now."""
     owner.__class__ = _class_for(owner, _slots(owner), _weights(owner), owner.__dict__.get(FOLLOWS, {}))
     _follow_class(owner)
@@ -345,7 +348,8 @@ def _compile(graph: fx.Graph, base: type[nn.Module], reads: Sequence[Read]) -> A
     """The graph as a Python function with its source where tracebacks find it; inside `disabled` the base's forward."""
     code = eager_form(graph).python_code("self")
     namespace = {**code.globals, "fxgraft_nothing": nothing, "fxgraft_base_forward": base_forward(base)}
-    given = ", ".join(str(node.target) for node in graph.nodes if node.op == "placeholder")
+    exec(code.src, namespace)
+    given = ", ".join(_passed(p) for p in list(inspect.signature(namespace["forward"]).parameters.values())[1:])
     first = [_UNLESS_OFF.format(given=given)]
     if conditions := _conditions(reads, namespace):
         namespace["fxgraft_renewed"] = _renewed
@@ -357,6 +361,12 @@ def _compile(graph: fx.Graph, base: type[nn.Module], reads: Sequence[Read]) -> A
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     exec(compile(source, file, "exec"), namespace)
     return namespace["forward"]
+
+
+def _passed(parameter: inspect.Parameter) -> str:
+    """A parameter of a function as the argument that hands it on."""
+    kinds = {parameter.VAR_POSITIONAL: "*{0}", parameter.VAR_KEYWORD: "**{0}", parameter.KEYWORD_ONLY: "{0}={0}"}
+    return kinds.get(parameter.kind, "{0}").format(parameter.name)  # type: ignore[call-overload]
 
 
 def _conditions(reads: Sequence[Read], namespace: dict[str, Any]) -> list[str]:
@@ -386,7 +396,7 @@ def _conditions(reads: Sequence[Read], namespace: dict[str, Any]) -> list[str]:
 def _renewed(owner: nn.Module) -> Any:
     """The forward of an owner after something its graph depends on has changed outside of it."""
     before = type(owner)
-    _renew_class(owner)
+    renew_class(owner)
     if type(owner) is before:
         raise CaptureError(
             f"{base_class(owner).__name__} depends on a value that is never what it was: adapt other layers"
@@ -498,6 +508,7 @@ def graft_graph(
     copied: dict[fx.Node, fx.Node] = {}
     output = result.graph_copy(graph, copied)
     result.output(output)
+    result.set_codegen(graph._codegen)
     found = find_linears(result, parameters)
     replaced: dict[fx.Node, fx.Node] = {}
 

@@ -12,55 +12,85 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .errors import CaptureError, TargetError
+from .graft import BASE, Grafted, plain_view, renew_class
 from .memory import erase_unread
-from .sites import LinearNode, NoMatch, find_linears
+from .off import is_off
+from .sites import LinearNode, NoMatch, Site, find_linears
 from .skeleton import copy_skeleton
 from .state import STATE, Container
+from .views import is_fact
 
 
 class OutlinedLinear(nn.Module):
-    """`x W^T (+ b)` cut out of a graph. `weight` and `bias` keep the layout and the names they had there."""
+    """`x W^T (+ b)` cut out of a graph. Its tensors keep the layout and the names they had there."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, contracted: int) -> None:
+    def __init__(self, weight: str, bias: str | None, contracted: int) -> None:
         super().__init__()
-        self.contracted = contracted
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
+        self.weight_name, self.bias_name, self.contracted = weight, bias, contracted
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight if self.contracted == 1 else self.weight.t(), self.bias)
+        weight = getattr(self, self.weight_name)
+        bias = None if self.bias_name is None else getattr(self, self.bias_name)
+        return F.linear(x, weight if self.contracted == 1 else weight.t(), bias)
 
 
 class AdaptableGraphModule(fx.GraphModule):
     """A GraphModule that keeps what its graph does not name when it is copied or pickled: fx would drop the adapters'
-    record and the tensors that sites share."""
+    record, the tensors that sites share, and the class of a root that owns a site itself."""
 
     def _unnamed(self) -> dict[str, Any]:
-        record = {STATE: self.__dict__[STATE]} if STATE in self.__dict__ else {}
-        return {"attributes": record, "modules": {n: m for n, m in self._modules.items() if isinstance(m, Container)}}
+        names = [n for n in self.__dict__ if n == STATE or (n.startswith("fxgraft") and not n.startswith(BASE))]
+        return {
+            "attributes": {n: self.__dict__[n] for n in names},
+            "modules": {n: m for n, m in self._modules.items() if isinstance(m, Container)},
+            "owner": BASE in self.__dict__,
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        plain = plain_view(self)
+        memo.setdefault(id(memo), []).append(plain)  # the memo is keyed by id: what it names must stay alive
         with warnings.catch_warnings():  # torch copies its own pytree specs in a deprecated way
             warnings.simplefilter("ignore", FutureWarning)
-            twin = super().__deepcopy__(memo)
+            twin = fx.GraphModule.__deepcopy__(plain, memo)  # type: ignore[arg-type]
+        memo[id(self)] = twin
         return _attach(twin, copy.deepcopy(self._unnamed(), memo))
 
     def __reduce__(self) -> Any:
-        rebuild, arguments = super().__reduce__()
+        rebuild, arguments = fx.GraphModule.__reduce__(plain_view(self))  # type: ignore[arg-type]
         return (_rebuild, (rebuild, arguments, self._unnamed()))
+
+    @property
+    def graph(self) -> fx.Graph:
+        """What the module computes now: exporters run the graph, and not the forward."""
+        grafted = type(self).fxgraft_graph if isinstance(self, Grafted) else None
+        return self._graph if grafted is None or is_off(self) else grafted
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
+
+    def recompile(self) -> Any:
+        if BASE in self.__dict__:
+            raise CaptureError(
+                "the root of this graph owns an adapted weight, and a new forward would be without the adapter: change "
+                "the graph before rewrite, or fg.merge it first"
+            )
+        return super().recompile()
 
 
 def _attach(gm: fx.GraphModule, unnamed: dict[str, Any]) -> fx.GraphModule:
     gm.__dict__.update(unnamed["attributes"])
     gm._modules.update(unnamed["modules"])
+    if unnamed["owner"]:
+        gm.__dict__[BASE] = type(gm)
+        renew_class(gm)
     return gm
 
 
@@ -70,13 +100,30 @@ def _rebuild(rebuild: Any, arguments: Any, unnamed: dict[str, Any]) -> fx.GraphM
 
 
 def _owner_path(linear: LinearNode) -> str | None:
-    """The module path of a weight called `<path>.weight` with a bias (if any) called `<path>.bias`."""
-    path, _, leaf = linear.weight_name.rpartition(".")
-    if not path or leaf != "weight":
+    """The module path of a weight with a bias (if any) of the same module."""
+    path, _, _ = linear.weight_name.rpartition(".")
+    if not path:
         return None
-    if linear.form != "matmul" and linear.bias_name not in (None, f"{path}.bias"):
+    if linear.form != "matmul" and linear.bias_name is not None and linear.bias_name.rpartition(".")[0] != path:
         return None
     return path
+
+
+def check_graph_reads(gm: fx.GraphModule, sites: Iterable[Site]) -> None:
+    """Raise `TargetError` for a weight of a called module that the graph reads itself too: an adapter in the module
+    would not reach that read."""
+    readers: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            for user in node.users:
+                if not is_fact(user, node):
+                    readers.setdefault(str(node.target), user.name)
+    for site in sites:
+        if site.owner and (reader := readers.get(f"{site.owner}.{site.weight}")):
+            raise TargetError(
+                f"{site.name!r} cannot be adapted: {site.weight!r} is read by {reader!r} of the graph too, which calls "
+                "no layer. Exclude it or choose other targets"
+            )
 
 
 def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
@@ -98,15 +145,18 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         holder = result.get_submodule(path)
         first = linears[0]
-        fused_bias = None if first.form == "matmul" else first.bias_name  # `x @ W + b` keeps its own sum
-        if {n for n, p in holder._parameters.items() if p is not None} - {"weight", "bias"} or holder._modules:
+        weight = first.weight_name.rpartition(".")[2]
+        bias = None  # `x @ W + b` keeps its own sum
+        if first.form != "matmul" and first.bias_name is not None:
+            bias = first.bias_name.rpartition(".")[2]
+        held = {n for n, tensor in {**holder._parameters, **holder._buffers}.items() if tensor is not None}
+        if held != {weight} | ({bias} - {None}) or holder._modules or type(holder) is OutlinedLinear:
             continue
         parent, _, leaf = path.rpartition(".")
-        old_bias = holder._parameters.get("bias")
-        layer = OutlinedLinear(parameters[first.weight_name], parameters[fused_bias] if fused_bias else None,
-                               first.contracted)  # fmt: skip
-        if fused_bias is None and old_bias is not None:
-            continue
+        layer = OutlinedLinear(weight, bias, first.contracted)
+        for name in holder._parameters:  # in the order of the keys
+            layer.register_parameter(name, holder._parameters[name])
+        layer.register_parameter(bias or "bias", layer._parameters.get(bias or "bias"))
         layer.train(holder.training)
         setattr(result.get_submodule(parent), leaf, layer)
         for linear in linears:

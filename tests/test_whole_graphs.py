@@ -1,6 +1,7 @@
 """GraphModule and ExportedProgram in, the same form out."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -112,3 +113,104 @@ def test_an_adapter_trained_on_the_model_loads_onto_its_exported_graph(bert, ids
     fg.save_adapter(trained, tmp_path)
     gm = exported.module(check_guards=False)
     torch.testing.assert_close(fg.load_adapter(gm, tmp_path)(ids).logits, trained(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+class Roots(nn.Module):
+    """Weights of the root itself, one written into after its product, beside a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 4))
+        self.v = nn.Parameter(torch.randn(6, 4))
+        self.b = nn.Parameter(torch.randn(4))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = nn.functional.linear(x, self.w)
+        h.add_(5.0)
+        return self.last(torch.tanh(h) @ self.v + self.b)
+
+
+class Named(nn.Module):
+    """A weight and a bias of other names, on a module that nobody calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Module()
+        self.w.kernel = nn.Parameter(torch.randn(6, 4))
+        self.w.offset = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.w.kernel, self.w.offset)
+
+
+@pytest.mark.parametrize("targets", [["w"], "all-linear"], ids=str)
+@pytest.mark.parametrize("model", [Roots, Named])
+def test_weights_of_the_root_and_of_other_names(model, targets, method):
+    model, x = model(), torch.randn(3, 4)
+    method = dataclasses.replace(method, **({"vector_length": 20} if method.key == "unilora" else {}))
+    targets = ["w.kernel"] if targets == ["w"] and isinstance(model, Named) else targets
+    gm = fx.symbolic_trace(model)
+    adapted = perturb(fg.rewrite(gm, fg.Spec(method, targets)))
+    out = adapted(x)
+    assert not torch.allclose(out, model(x), atol=1e-3) and torch.equal(gm(x), model(x))
+    assert [k for k in adapted.state_dict() if "fxgraft" not in k] == list(gm.state_dict())
+    torch.testing.assert_close(fg.merge(adapted)(x), out, rtol=1e-4, atol=1e-5)
+    for twin in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        assert torch.equal(twin(x), out) and fg.active(twin) == ["default"]
+    again = fg.rewrite(adapted, fg.Spec(fg.LoRA(2), targets), "b")
+    fg.set_active(again, ["default"])
+    torch.testing.assert_close(again(x), out)
+    with fg.disabled(adapted):
+        assert torch.equal(adapted(x), model(x))
+    torch.testing.assert_close(fg.capture(adapted, (x,)).graph_module(x), out, rtol=1e-4, atol=1e-5)
+    fg.remove(adapted, "default")
+    assert torch.equal(adapted(x), model(x)) and list(adapted.state_dict()) == list(gm.state_dict())
+
+
+@pytest.mark.parametrize("model", [Roots, Named])
+def test_weights_of_the_root_of_an_exported_program(model, method):
+    model, x = model(), torch.randn(3, 4)
+    method = dataclasses.replace(method, **({"vector_length": 20} if method.key == "unilora" else {}))
+    program = torch.export.export(model, (x,), strict=False)
+    adapted = fg.rewrite(program, fg.Spec(method, "all-linear"))
+    fresh = adapted.module()(x)
+    assert method.key != "lora" or torch.allclose(fresh, model(x), atol=1e-6)
+    with torch.no_grad():
+        for key, tensor in adapted.state_dict.items():
+            if "fxgraft" in key and tensor.requires_grad:
+                tensor.add_(torch.randn_like(tensor))
+    expected = fg.rewrite(model, fg.Spec(method, "all-linear")) if isinstance(model, Roots) else None
+    assert not torch.allclose(adapted.module()(x), fresh, atol=1e-3)
+    if expected is not None:
+        state = {k: adapted.state_dict[_root_key(k)].detach() for k in fg.adapter_state(expected)}
+        fg.swap(expected, state)
+        torch.testing.assert_close(adapted.module()(x), expected(x), rtol=1e-4, atol=1e-5)
+
+
+def _root_key(name):
+    if name == "theta":
+        return "fxgraft_shared.default.theta"
+    site, _, tensor = name.rpartition(".")
+    return f"last.fxgraft.default.{tensor}" if site == "last" else f"fxgraft.default.{site}.{tensor}"
+
+
+def test_a_layer_whose_weight_the_graph_reads_too_is_refused():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.q(x) + self.q.weight.norm() + self.k(x.to(self.k.weight.dtype))
+
+    gm = fx.symbolic_trace(Reads())
+    with pytest.raises(fg.TargetError, match="read by 'norm' of the graph"):
+        fg.rewrite(gm, fg.Spec(fg.LoRA(2), ["q"]))
+    assert not torch.equal(perturb(fg.rewrite(gm, fg.Spec(fg.LoRA(2), ["k"])))(torch.ones(1, 4)), gm(torch.ones(1, 4)))
+
+
+def test_a_graph_with_adapters_at_its_root_is_not_compiled_without_them():
+    adapted = fg.rewrite(fx.symbolic_trace(Roots()), fg.Spec(fg.LoRA(2), ["w"]))
+    with pytest.raises(fg.CaptureError, match=r"fg\.merge"):
+        adapted.recompile()
