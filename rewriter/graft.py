@@ -247,7 +247,7 @@ def forbid_fused(module: nn.Module, attribute: str, value: object, switch: Switc
     """Let an attribute that allows a fused path over adapted children read as `value`, except inside `disabled`."""
     module.__dict__.setdefault(BASE, type(module))
     module.__dict__.update({FUSED: (attribute, value), SWITCH: switch})
-    _renew_class(module)
+    renew_class(module)
 
 
 def allow_fused(module: nn.Module) -> None:
@@ -255,7 +255,7 @@ def allow_fused(module: nn.Module) -> None:
     if module.__dict__.pop(FUSED, None) is None:
         return
     if ADAPTERS in module._modules or TIED in module.__dict__:
-        _renew_class(module)
+        renew_class(module)
     else:
         restore_class(module)
 
