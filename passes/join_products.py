@@ -62,7 +62,9 @@ class JoinProducts(Pass):
         count, flow = 0, dependencies(graph)
 
         def apart(run: list[fx.Node], node: fx.Node) -> NoMatch | None:
-            return memory.changed((found[node][0].x,), run[0], node)
+            reason = memory.changed((found[node][0].x,), run[0], node)
+            no_matches.extend([reason] if reason else [])
+            return reason
 
         for readers in siblings(graph, lambda node: found[node][0].x if node in found else None):
             alike: dict[Any, list[fx.Node]] = defaultdict(list)
@@ -157,7 +159,7 @@ def _needs_its_layout(node: fx.Node, width: int) -> NoMatch | None:
                     return reason
                 try:
                     waiting.append((user, _called(user, {part: fake})))
-                except RuntimeError:
+                except (RuntimeError, ValueError):  # what torch says of a view that cannot be
                     return reason
     return None
 

@@ -45,7 +45,9 @@ class Share(Pass):
         count, memory = 0, Memory(program.graph)
 
         def apart(run: list[fx.Node], node: fx.Node) -> NoMatch | None:
-            return late(node.args[1:], run[0]) or memory.changed(node.args[1:], run[0], node)
+            reason = late(node.args[1:], run[0]) or memory.changed(node.args[1:], run[0], node)
+            no_matches.extend([reason] if reason else [])
+            return reason
 
         runs = [(shared, target, run) for (*shared, target), group in groups.items() for run in together(group, apart)]
         for shared, target, nodes in runs:

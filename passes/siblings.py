@@ -67,7 +67,9 @@ class Siblings(Pass):
 
         def apart(run: list[fx.Node], node: fx.Node) -> NoMatch | None:
             _, x, arguments = found[node]
-            return late(arguments, run[0]) or memory.changed((x, *arguments), run[0], node)
+            reason = late(arguments, run[0]) or memory.changed((x, *arguments), run[0], node)
+            no_matches.extend([reason] if reason else [])
+            return reason
 
         runs = [
             run

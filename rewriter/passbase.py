@@ -75,18 +75,27 @@ class Pass(abc.ABC):
         given = (
             program if self.in_place else dataclasses.replace(program, graph_module=copy_graph(program.graph_module))
         )
-        before = set(given.graph.nodes)
+        before, looked = set(given.graph.nodes), _appearance(given.graph)
         result = self.run(given)
         if not isinstance(result, PassResult):
             raise FxgraftError(f"pass {self} returned {type(result).__name__}, not a PassResult")
         if result.modified != (result.count > 0):
             raise FxgraftError(f"pass {self} says modified={result.modified} with {result.count} rewrites")
+        if self.in_place and result.program.graph_module is not given.graph_module:
+            raise FxgraftError(f"pass {self} says that it works in place and returned another graph")
+        if not result.modified and _appearance(result.program.graph) != looked:
+            raise FxgraftError(f"pass {self} says modified=False and changed the graph")
         if result.modified:
             for node in set(result.program.graph.nodes) - before:
                 node.meta.setdefault(PROVENANCE, Provenance(type(self).__name__, "", ""))
             result.program.graph.lint()
             result.program.graph_module.recompile()
         return result
+
+
+def _appearance(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """What a graph computes, to see whether it was changed."""
+    return [(node, node.op, node.target, node.args, node.kwargs) for node in graph.nodes]
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,83 @@ def test_choose_looks_at_symbolic_sizes():
     assert reasons and all("3 when captured" in r for r in reasons)
 
 
+def test_accumulate_keeps_the_dropout():
+    model = adapted(fg.LoRA(rank=2, dropout=0.5), training=True)
+    x = torch.randn(5, 12)
+    program = captured(model)
+    for pipeline in ((Accumulate(always=True),), (Siblings(always=True), Accumulate(always=True))):
+        made = program
+        for step in pipeline:
+            made = step(made).program
+        torch.manual_seed(3)
+        want = model(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(made.graph_module(x), want)
+    assert " = onto(" in printed(program)
+
+
+class Written(nn.Module):
+    """Adapted products of one input, with a write where `place` says."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.q, self.k = nn.Linear(12, 8), nn.Linear(12, 8)
+        self.place = place
+
+    def forward(self, x):
+        x = x * 1
+        q = self.q(x)
+        if self.place == "input":
+            x.add_(1.0)
+        elif self.place == "weight":
+            self.k.weight.mul_(1.5)
+        elif self.place == "theta":
+            self.q.fxgraft_slot0.shared.theta.mul_(1.5)
+        elif self.place == "factor":
+            self.k.fxgraft_slot0.A.mul_(1.5)
+        return q + self.k(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["input", "weight", "theta", "factor"])
+def test_nothing_is_moved_across_a_write(place):
+    model = Written(place).eval()
+    config = METHODS["unilora" if place == "theta" else "lora"]
+    model = perturb(fg.rewrite(model, fg.Spec(config, targets=["q", "k"])), 0.3)
+    x = torch.randn(5, 12)
+    program = fg.capture(model, (x,))
+    for name, passes in PASSES.items():
+        own = type(program)(copy.deepcopy(program.graph_module))
+        want = copy.deepcopy(program.graph_module)(x)
+        made, _ = run_all(own, (Cleanup(), *passes, Cleanup()))
+        torch.testing.assert_close(made.graph_module(x), want, msg=lambda m, n=name: f"{n}: {m}")
+    if place == "theta":
+        assert not Share()(program).modified
+    elif place != "input":
+        reasons = [n.reason for step in (Fold(), JoinProducts(always=True)) for n in step(program).no_matches]
+        assert any("mul_ may write" in reason for reason in reasons), reasons
+
+
+def test_products_stay_apart_where_their_layout_is_looked_at():
+    class Flat(nn.Module):
+        def __init__(self, flat):
+            super().__init__()
+            self.q, self.k, self.flat = nn.Linear(12, 8), nn.Linear(12, 8), flat
+
+        def forward(self, x):
+            q = self.q(x)
+            q = q.view(-1).view(5, 8) if self.flat else q.view(5, 2, 4).transpose(1, 2).reshape(5, 8)
+            return q + self.k(x)
+
+    x = torch.randn(5, 12)
+    for flat in (False, True):
+        model = Flat(flat).eval()
+        result = JoinProducts(always=True)(fg.capture(model, (x,)))
+        torch.testing.assert_close(result.program.graph_module(x), model(x))
+        assert result.modified is not flat
+        assert not flat or "in a block of its own" in result.no_matches[0].reason
+
+
 def test_fold_makes_two_factors():
     for name in ("lora", "lora_xs", "unilora", "prolora"):
         program = captured(adapted(METHODS[name]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,6 +11,13 @@ from conftest import perturb
 from mutating import INFERENCE_ONLY, PROGRAMS, WIDTH, Compared, Writes
 
 import fxgraft as fg
+from fxgraft.passes.cleanup import Cleanup
+from fxgraft.passes.fold import Fold
+from fxgraft.passes.join_products import JoinProducts
+from fxgraft.passes.pipelines import frozen, packaged
+from fxgraft.passes.share import Share
+from fxgraft.passes.siblings import Siblings
+from fxgraft.rewriter.passbase import Pipeline
 
 METHODS = {
     "lora": fg.LoRA(rank=2),
@@ -63,3 +71,34 @@ def test_training(name):
     eager, backend = copy.deepcopy(model), Compared()
     agree(eager, torch.compile(model, backend=backend), torch.randn(4, WIDTH), calls=1)
     assert backend.graphs and backend.compared
+
+
+OWNED = {
+    "frozen": frozen,
+    "joined": Pipeline("joined", (Fold(), Cleanup(), JoinProducts(always=True), Cleanup())),
+    "apart": Pipeline("apart", (Cleanup(), Share(), Siblings(always=True), JoinProducts(always=True), Cleanup())),
+    "packaged": packaged,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "a_weight_through_its_data"])  # no export
+def test_programs_that_own_their_tensors(name):
+    model = adapted(name, "unilora" if "weight" in name else "lora")
+    x = torch.randn(4, WIDTH)
+    with torch.no_grad():
+        program = fg.capture(model, (x.clone(),))
+        for title, pipeline in OWNED.items():
+            own = dataclasses.replace(program, graph_module=copy.deepcopy(program.graph_module))
+            once = copy.deepcopy(program.graph_module)
+            made = pipeline(own).program.graph_module
+            for call in range(2):
+                ours, theirs = x.clone(), x.clone()
+                torch.manual_seed(call)
+                want = once(theirs)
+                torch.manual_seed(call)
+                torch.testing.assert_close(made(ours), want, rtol=1e-4, atol=1e-4, msg=lambda m, t=title: f"{t}: {m}")
+                assert torch.equal(ours, theirs), title
+            behind = state(once)
+            for key, tensor in state(made).items():
+                if key in behind:
+                    torch.testing.assert_close(tensor, behind[key], rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 import fxgraft as fg
 from fxgraft.passes.cleanup import Cleanup
 from fxgraft.rewriter.dataflow import can_fuse, dependencies, siblings, tied_names
-from fxgraft.rewriter.passbase import Pass, PassResult, Pipeline, Program
+from fxgraft.rewriter.passbase import Pass, PassResult, Pipeline, Program, copy_graph
 
 
 def program(function, **kwargs):
@@ -49,6 +49,36 @@ def test_cleanup_rewrites_each_thing_it_says():
     assert add.meta["fxgraft"].made_by == "Cleanup"
 
 
+def test_cleanup_leaves_statements():
+    def f(x, w, d):
+        y = F.linear(x, w)
+        y.view(-1)[:2].fill_(1.0)
+        torch.rand(2)
+        torch.neg(d, out=d)
+        F.relu(y, inplace=True)
+        d.requires_grad_()
+        x.relu().sum()  # the only one that does nothing
+        return y.sum()
+
+    p = program(f)
+    before = len(p.graph.nodes)
+    assert Cleanup()(p).count == 2 and len(p.graph.nodes) == before - 2
+
+
+def test_cleanup_keeps_the_dtype_of_a_sum_in_place():
+    def f(x, w, d):
+        return F.linear(x, w) + d
+
+    inputs = torch.ones(2, 3).bfloat16(), torch.ones(4, 3).bfloat16(), torch.ones(2, 4)
+    p = program(f)
+    FakeTensorProp(p.graph_module).propagate(*inputs)
+    (total,) = [n for n in p.graph.nodes if n.target is operator.add]
+    total.target = operator.iadd
+    p.graph_module.recompile()
+    assert targets(Cleanup()(p).program) == [F.linear, operator.iadd]
+    assert p.graph_module(*inputs).dtype == torch.bfloat16
+
+
 def test_cleanup_leaves_a_product_that_others_read():
     def f(x, w, d):
         y = F.linear(x, w)
@@ -78,6 +108,26 @@ def test_the_contract_is_checked():
         Broken()(program(lambda x: x + 1))
     with pytest.raises(fg.FxgraftError, match="modified=True with 0"):
         Broken("lies")(program(lambda x: x + 1))
+
+
+@dataclass(frozen=True)
+class Quiet(Pass):
+    """Changes the graph, or hands back another one, and says neither."""
+
+    other: bool = False
+
+    def run(self, program):
+        if self.other:
+            return PassResult(Program(copy_graph(program.graph_module)), True, 1)
+        program.graph.output_node().prepend(program.graph.call_function(torch.relu, (next(iter(program.graph.nodes)),)))
+        return PassResult(program, False, 0)
+
+
+def test_a_pass_that_does_not_say_what_it_did():
+    with pytest.raises(fg.FxgraftError, match="modified=False and changed the graph"):
+        Quiet()(program(lambda x: x + 1))
+    with pytest.raises(fg.FxgraftError, match="in place and returned another graph"):
+        Quiet(other=True)(program(lambda x: x + 1))
 
 
 @dataclass(frozen=True)
