@@ -49,8 +49,9 @@ def save_root(root: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: An
             "save_pretrained(distributed_checkpoint=True) of an adapted model: save its state_dict() with "
             "torch.distributed.checkpoint, or leave the argument out to save the adapters"
         )
-    values = given.get("state_dict") or {}
-    trained = {k: _full(values.get(k, t)) for k, t in trained_state(root).items()}
+    own_state = trained_state(root)
+    prefix, values = _without_prefix(given.get("state_dict") or {}, own_state)
+    trained = {prefix + k: _full(values.get(k, t)) for k, t in own_state.items()}
     if not given.get("is_main_process", True):
         return None
     _save_adapters(root, directory, values)
@@ -89,6 +90,14 @@ def trained_state(root: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, _NormBase):
             wanted.update(id(b) for b in module._buffers.values() if b is not None)
     return {key: t for key, t in root.state_dict(keep_vars=True).items() if id(t) in wanted}
+
+
+def _without_prefix(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """What a wrapper (`torch.compile`, data parallel) puts before the names of a state dict, and the dict without it.
+    The wrapper asks for the same names when it resumes."""
+    key = next(iter(own), "")
+    prefix = next((k.removesuffix(key) for k in values if key and k.endswith(key)), "")
+    return prefix, {k.removeprefix(prefix): t for k, t in values.items()}
 
 
 def _save_adapters(root: nn.Module, directory: Path, values: Mapping[str, Tensor]) -> None:

@@ -280,6 +280,18 @@ def test_the_trainers_options(llama, ids, tmp_path, options):
     torch.testing.assert_close(fg.merge(adapted)(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_compiled_model_resumes(llama, ids, tmp_path):
+    """The Trainer saves and loads the state of `torch.compile`'s wrapper, whose names begin with `_orig_mod`."""
+    adapted, fresh = fg.rewrite(llama, SPEC), fg.rewrite(llama, SPEC)
+    options = {"remove_unused_columns": False, "max_steps": 2}
+    trainer(torch.compile(adapted, backend="eager"), tmp_path, **options).train()
+    loaded = fg.load_adapter(llama, tmp_path / "checkpoint-2")
+    assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)
+    trainer(torch.compile(fresh, backend="eager"), tmp_path, **options).train(str(tmp_path / "checkpoint-2"))
+    assert torch.equal(fresh.eval()(ids).logits, adapted(ids).logits)
+    assert not torch.equal(fresh(ids).logits, llama(ids).logits)
+
+
 @pytest.mark.parametrize("how", ["torch_compile=True", pytest.param("model.compile", marks=pytest.mark.slow)])
 def test_a_compiled_training(llama, ids, tmp_path, how):
     """What a compiled training saves has no trace of that in its names."""
