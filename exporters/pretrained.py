@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..rewriter.api import _live_state
 from ..rewriter.errors import CheckpointError, listing
 from ..rewriter.saving import SAVE, register_writers
+from ..rewriter.shards import full, is_sharded, on_first
 from ..rewriter.state import ADAPTERS, SHARED, base_modules, state_of
 from .native import save_native
 
@@ -51,16 +52,23 @@ def save_root(root: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: An
         )
     own_state = trained_state(root)
     prefix, values = _without_prefix(given.get("state_dict") or {}, own_state)
-    trained = {prefix + k: _full(values.get(k, t)) for k, t in own_state.items()}
-    if not given.get("is_main_process", True):
+    trained = {k: full(values.get(k, t).detach()) for k, t in own_state.items()}  # of shards: every process takes part
+    if not given.get("is_main_process", True) and not any(map(is_sharded, own_state.values())):
         return None
-    _save_adapters(root, directory, values)
-    if foreign := _foreign_weights(directory, trained):
+    rest = {k: v for k, v in given.items() if k not in ("save_directory", "state_dict", "push_to_hub")}
+    foreign = _foreign_weights(directory, trained)
+
+    def write() -> None:
+        _save_adapters(root, directory, trained)
+        if not foreign:
+            state = {prefix + k: t for k, t in trained.items()}
+            plain: Any = _without_quantiser(root)
+            plain.save_pretrained(directory, state_dict=state, **{**rest, "save_original_format": False})
+
+    on_first(own_state.values(), write)
+    if foreign:
         _warn(f"{foreign!r} in that folder is of another model and was left as it is", stacklevel=5)
         return None
-    plain = _without_quantiser(root)
-    rest = {k: v for k, v in given.items() if k not in ("save_directory", "state_dict", "push_to_hub")}
-    plain.save_pretrained(directory, state_dict=trained, **{**rest, "save_original_format": False})  # type: ignore[operator]
     _warn("that folder holds the adapters, not the base model", stacklevel=5)
     if given.get("push_to_hub"):
         taken = ("commit_message", "private", "token", "revision", "create_pr")
@@ -148,15 +156,9 @@ def _is_transformers(module: nn.Module) -> bool:
 
 def _without_quantiser(root: nn.Module) -> nn.Module:
     """The same model to transformers' own method: a quantiser would write the base, or refuse to."""
-    view = type(root).__new__(type(root))
+    view = object.__new__(type(root))  # FSDP2's classes build another model in theirs
     view.__dict__ = {k: v for k, v in root.__dict__.items() if k not in (SAVE, "hf_quantizer")}
     return view
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """All of a tensor that is spread over processes, on every one of them."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _warn(what: str, stacklevel: int) -> None:

@@ -1,4 +1,4 @@
-"""FSDP2 on two processes: graft, then shard. Every process calls `save_adapter`, one of them writes."""
+"""FSDP2 on two processes: graft, then shard. Every process saves (`fg.save_adapter` alike), one of them writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def work(rank: int, processes: int, folder: Path) -> None:
         model(**collate(own[start : start + 8])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    fg.save_adapter(model, folder / "final")
+    model.save_pretrained(folder / "final")
     after = loss(model)
     if rank == 0:
         (folder / "loss").write_text(str(after))
