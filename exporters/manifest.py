@@ -60,10 +60,21 @@ class Renamed:
         return {its: name for name, its in self.outputs.items()}
 
 
+def metadata(session: Any) -> dict[str, str]:
+    """The texts of an onnxruntime session's graph. Raises `SessionError` where they are none."""
+    try:
+        return dict(session.get_modelmeta().custom_metadata_map)
+    except UnicodeDecodeError as error:
+        raise SessionError(f"the graph's metadata is damaged: {error}") from error
+
+
 def renamed(session: Any) -> Renamed:
     """What the graph of an onnxruntime session calls otherwise than the model it was exported from."""
-    told = load(session.get_modelmeta().custom_metadata_map) or {}
-    return Renamed(**told.get("renamed", {}))
+    told = (load(metadata(session)) or {}).get("renamed", {})
+    try:
+        return Renamed(**told)
+    except TypeError as error:
+        raise SessionError(f"the graph's manifest ({KEY} in its metadata) is damaged: {error}") from error
 
 
 def fingerprint(base: torch.nn.Module, sites: Iterable[str]) -> int:

@@ -92,7 +92,7 @@ class OrtSession:
             raise SessionError(f"binding=False: runs on {self.providers[0]} are always bound to the device")
         self.binding = self.device.type != "cpu" if binding is None else bool(binding)
         self._ortvalue = onnxruntime.OrtValue
-        self.manifest = manifest.load(self._session.get_modelmeta().custom_metadata_map)
+        self.manifest = manifest.load(manifest.metadata(self._session))
         self._renamed = manifest.renamed(self._session)
         self.inputs = _infos(self._session.get_inputs(), self._renamed.model_inputs())
         self.outputs = _infos(self._session.get_outputs(), self._renamed.model_outputs())

@@ -106,7 +106,7 @@ def quantize_onnx(
     with staged(out, ".onnx") as folder:
         try:
             with graph.quiet(), _silent():
-                made = _in_bits(model, bits, block_size, left)
+                made = _in_bits(model, bits, block_size, left, folder)
         except Exception as error:  # onnxruntime's quantisers raise whatever they stumble over
             raise ExportError(f"onnxruntime does not quantise {str(source)!r}: {error}") from error
         done = tuple(name for name in before if name not in _products(made))
@@ -154,7 +154,7 @@ def _products(model: Any) -> list[str]:
     return [node.name.removesuffix("_MatMul") for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
 
 
-def _in_bits(model: Any, bits: int, block_size: int, exclude: list[str]) -> Any:
+def _in_bits(model: Any, bits: int, block_size: int, exclude: list[str], work: Path) -> Any:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -163,7 +163,7 @@ def _in_bits(model: Any, bits: int, block_size: int, exclude: list[str]) -> Any:
         quantizer.model.replace_gemm_with_matmul()
         quantizer.process()
         return quantizer.model.model
-    with tempfile.TemporaryDirectory(prefix="fxgraft-") as folder:
+    with tempfile.TemporaryDirectory(dir=work) as folder:
         file = Path(folder) / "model.onnx"
         # Unsigned weights: signed ones overflow in the products of CPUs before VNNI.
         quantize_dynamic(

@@ -228,3 +228,22 @@ def test_integers_that_cannot_be_drawn(tmp_path):
     assert "takes no random integers" in export.notes[-1] and len(export.parity) == 2
     got = fg.OrtSession(tmp_path / "m.onnx", verify=True).run(example)["output"]
     assert models.difference(got, adapted(**example)) < models.TOLERANCE
+
+
+def test_weights_of_active_adapters(tmp_path):
+    both = models.graft(Talks("plain").eval(), ["l"], name="a", seed=1)
+    both = models.graft(both, ["l"], name="b", rank=2, seed=2)
+    fg.set_active(both, {"a": 0.7, "b": -0.2})
+    fg.export_onnx(both, tmp_path / "m.onnx", (X,))
+    want = both(X)
+    assert models.difference(fg.OrtSession(tmp_path / "m.onnx").run({"x": X})["output"], want) < models.TOLERANCE
+    # In a swappable graph the same sum is a run's: its adapters are written as they are, whatever is active.
+    fg.export_onnx(both, tmp_path / "m.onnx", (X,), adapters="swappable", name="a")
+    session = fg.OrtSession(tmp_path / "m.onnx")
+    for name in ("a", "b"):
+        session.load(name, fg.export_ort_adapter(both, tmp_path / f"{name}.onnx_adapter", name=name))
+    got = session.run({"x": X}, adapter={"a": 0.7, "b": -0.2})["output"]
+    assert models.difference(got, want) < models.TOLERANCE
+    fg.set_active(both, {"a": 0.7})
+    with pytest.raises(fg.ExportError, match=r"'a' is active with a weight of 0\.7"):
+        fg.export_onnx(both, tmp_path / "m.onnx", (X,), adapters="swappable")
