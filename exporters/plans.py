@@ -18,7 +18,7 @@ from ..rewriter.api import active_weights, base_of, set_active
 from ..rewriter.dataflow import tied_names
 from ..rewriter.errors import AdapterError
 from ..rewriter.method import ADAPTER_IDS
-from ..rewriter.signature import Axes, Example
+from ..rewriter.signature import Axes, Example, arguments
 from ..rewriter.skeleton import copy_skeleton
 from ..rewriter.state import ModelState, find_state, record_of
 from . import graph, manifest
@@ -285,7 +285,7 @@ class Banked(Plan):
         first = next((name for name, tensor in example.tensors.items() if tensor.dim()), None)
         if first is None:
             raise ExportError("no example input has a batch axis, so there are no samples to choose adapters for")
-        self._tell_rows(example.kwargs)
+        self._tell_rows(arguments(example.kwargs, example.nested))
         tensors = {**example.tensors, ADAPTER_IDS: self._ids(example.tensors, 0)}
         if 0 in axes.get(first, {}):
             axes = {**axes, ADAPTER_IDS: {0: axes[first][0]}}
@@ -294,7 +294,7 @@ class Banked(Plan):
 
     def _tell_rows(self, inputs: Mapping[str, Any]) -> None:
         """Tell the module which rows of its sites' inputs are which sample's, found out on the bank."""
-        first = next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
+        first = next(tensor for tensor in tensors_in(inputs).values() if tensor.dim())
         if first.shape[0] > 1:
             prove_rows(self._banked, inputs)
             copy_rows(self._banked, BANK, self.module)

@@ -223,5 +223,10 @@ _WHOLE = (torch.int64, torch.int32)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> torch.Tensor | None:
-    """The model's first tensor argument with a dimension for samples."""
-    return next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() > axis), None)
+    """The model's first tensor argument with a dimension for samples; where none is one, the first in a dict."""
+    given = (*args, *kwargs.values())
+    found = next((v for v in given if isinstance(v, torch.Tensor) and v.dim() > axis), None)
+    if found is not None:
+        return found
+    inner = (v for one in given if isinstance(one, dict) for v in one.values())
+    return next((v for v in inner if isinstance(v, torch.Tensor) and v.dim() > axis), None)

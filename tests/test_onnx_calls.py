@@ -81,6 +81,10 @@ def test_a_dict_is_taken_apart_and_its_names_are_the_inputs(tmp_path):
     assert list(got) == ["ids", "y"] and np.array_equal(got["ids"], X[:2] + 1)
     assert models.difference(got["y"], want["y"]) < models.TOLERANCE
     assert fg.verify(tmp_path / "m.onnx", adapted).parity
+    adapted, export, session = exported("dict in", (given,), tmp_path, "bank")
+    got = session.run({"ids": X, "scale": given["scale"]}, adapter_ids=["default", None, "default"])["y"]
+    want = adapted({"ids": X, "scale": given["scale"]})["y"].detach()
+    assert models.difference(got[[0, 2]], want[[0, 2]]) < models.TOLERANCE and abs(got[1] - want.numpy()[1]).max() > 0.1
 
 
 @pytest.mark.parametrize("adapters", ["merged", "swappable", "bank"])
