@@ -164,6 +164,67 @@ def adapter_file_trials(tmp_path, times, seed):
     return counts
 
 
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(6, 9)
+
+    def forward(self, x):
+        return torch.relu(self.up(x))
+
+
+def sealed_file_trials(tmp_path, file, reading, times, seed):
+    """The same of one file that knows its hash; `reading` gives what it says."""
+    expected = reading(file)
+    counts, wrong = {"refused": 0, "right": 0}, []
+    for trial in range(times):
+        rng = random.Random(f"{seed} {trial}")
+        place = tmp_path / "damaged"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(file.parent, place)  # with the files it refers to
+        damaged = place / file.name
+        (damage_bytes if rng.randrange(20) else damage_place)(damaged, rng)
+        try:
+            good = reading(damaged) == expected
+        except fg.FxgraftError:
+            counts["refused"] += 1
+            continue
+        except Exception as error:
+            wrong.append(f"{seed} {trial}: {type(error).__name__}: {error}")
+            continue
+        counts["right"] += good
+        if not good:
+            wrong.append(f"{seed} {trial}: other content")
+    assert not wrong, "\n".join([f"{len(wrong)} of {times}", *wrong[:30]])
+    return counts
+
+
+def small():
+    torch.manual_seed(0)
+    return perturb(fg.rewrite(Small().eval(), fg.Spec(fg.LoRA(2), ["up"])))
+
+
+def package_trials(tmp_path, times, seed):
+    from fxgraft.backends.aot_manifest import read
+
+    def reading(file):
+        manifest, states = read(file)
+        return manifest, {name: {k: t.tolist() for k, t in state.items()} for name, state in states.items()}
+
+    (tmp_path / "whole").mkdir()
+    fg.package(small(), tmp_path / "whole" / "model.pt2", (torch.randn(3, 6),))
+    return sealed_file_trials(tmp_path, tmp_path / "whole" / "model.pt2", reading, times, seed)
+
+
+def graph_trials(tmp_path, times, seed):
+    from fxgraft.exporters.seal import check_seal
+
+    (tmp_path / "whole").mkdir()
+    file = tmp_path / "whole" / "model.onnx"
+    fg.export_onnx(small(), file, (torch.randn(3, 6),), adapters="swappable")
+    return sealed_file_trials(tmp_path, file, check_seal, times, seed)
+
+
 def test_damaged_folders(tmp_path):
     counts = folder_trials(tmp_path, 150, "ci")
     assert counts["refused"] > 80 and counts["right"] > 5
@@ -183,3 +244,14 @@ def test_damaged_folders_at_length(tmp_path):
 def test_damaged_adapter_files_at_length(tmp_path):
     pytest.importorskip("onnxruntime")
     print("\n.onnx_adapter:", adapter_file_trials(tmp_path, 40 * SCALE, "campaign"))
+
+
+@pytest.mark.campaign
+def test_damaged_packages_at_length(tmp_path):
+    print("\n.pt2:", package_trials(tmp_path, 20 * SCALE, "campaign"))
+
+
+@pytest.mark.campaign
+def test_damaged_graphs_at_length(tmp_path):
+    pytest.importorskip("onnxruntime")
+    print("\n.onnx:", graph_trials(tmp_path, 20 * SCALE, "campaign"))
