@@ -138,8 +138,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, State]
 
     Raises `PackageError` for a file that is missing, no package, not ours, of a later format, or damaged.
     """
-    file = Path(path)
-    if not file.is_file():
+    try:
+        file = Path(path)
+        there = file.is_file()
+    except (TypeError, OSError) as error:
+        raise PackageError(f"there is no package {path!r}: {error}") from error
+    if not there:
         raise PackageError(f"there is no package {str(file)!r}")
     try:
         with zipfile.ZipFile(file) as archive:

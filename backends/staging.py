@@ -34,7 +34,13 @@ def staged(path: str | os.PathLike[str], suffix: str) -> Iterator[Path]:
     Raises `ExportError` where the folder is missing or not writable, before the body runs, and where `path` does not
     end in `suffix` or is a folder.
     """
-    target = Path(path)
+    try:
+        target = Path(path)
+        target.is_dir()
+    except (TypeError, OSError) as error:
+        raise ExportError(f"cannot write {path!r}: {error}") from error
+    if "\0" in str(target):
+        raise ExportError(f"cannot write {path!r}: its name has a NUL byte")
     if target.suffix != suffix:
         raise ExportError(
             f"{str(path)!r} does not end in {suffix!r}; give the file to write, for example 'model{suffix}'"

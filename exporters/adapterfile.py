@@ -69,8 +69,8 @@ def export_ort_adapter(
             if beside:
                 content, second, second_name = leave_frozen(content, beside)
                 files[second_name] = second
-    files[Path(path).name] = content
     with staged(path, ".onnx_adapter") as folder:
+        files[Path(path).name] = content
         try:
             for file, its_content in files.items():
                 write_file(its_content, folder / file)

@@ -82,6 +82,8 @@ def read_hydralora(config: Config, tensors: Tensors, model: nn.Module, what: str
         alpha=value(config, "lora_alpha", float, what),
         dropout=value(config, "lora_dropout", float, what, 0.0),
     )
+    if experts > len(tensors):  # before names and tensors of so many are made up
+        raise CheckpointError(f"{what}: its config says {experts} experts, and it has {len(tensors)} tensors in all")
     names = ["lora_route", "lora_A", *(f"lora_B{i}" for i in range(experts))]
     sites, rest = by_site(tensors, _FORK + rf"(?P<name>{'|'.join(names)})\.weight")
     train, values = trained_tensors(config, model, rest, what)
@@ -188,7 +190,7 @@ def _expanded(
     q, factors = method.shared, []
     kinds = (("A", method.a_chunks, given["A_shared"]), ("B", method.b_chunks, given["B_shared"].t()))
     for (letter, chunks, chunk), length, step in zip(kinds, long, steps, strict=True):
-        if tuple(chunk.shape) != (q, -(-length // chunks)):
+        if tuple(chunk.shape) != (q, -(-length // chunks)) or chunks > length:
             raise CheckpointError(f"{what}: chunk {letter} of {site!r} is {tuple(chunk.shape)}, long side {length}")
         rows = (torch.arange(q)[:, None] + step * torch.arange(chunks)) % q
         factors.append(expand(chunk, rows, length))
@@ -217,6 +219,7 @@ def read_glora(config: Config, tensors: Tensors, model: nn.Module, what: str) ->
     methods, values = {}, {}
     for site in in_model_order(sites, model):
         path, ranks = _glora_path(paths[site], rank, f"{what}: path of {site!r}")
+        _check_ranks(ranks, sites[site], f"{what}: {site!r}")
         most = max(ranks.values(), default=rank)
         methods[site] = GLoRA(rank=most, path=path)
         biased = getattr(modules.get(site), "bias", None) is not None
@@ -243,6 +246,14 @@ def _glora_path(given: Any, rank: int, what: str) -> tuple[GLoRAPath, dict[str, 
             raise CheckpointError(f"{what}: {tensor}={choice!r}, allowed are {allowed}")
         choices[tensor] = choice
     return GLoRAPath(**choices), ranks
+
+
+def _check_ranks(ranks: Mapping[str, int], given: Tensors, what: str) -> None:
+    """Raise where a path reads more ranks than the supernet's tensors have."""
+    for tensor, rank in ranks.items():
+        for name, axis in ((f"{tensor}d", 1), (f"{tensor}u", 0)):
+            if name in given and given[name].dim() == 2 and given[name].shape[axis] < rank:
+                raise CheckpointError(f"{what}: LoRA_{rank} of {name}, which is {tuple(given[name].shape)}")
 
 
 def _needed(path: GLoRAPath, biased: bool) -> dict[str, tuple[str, str]]:

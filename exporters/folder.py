@@ -37,6 +37,7 @@ DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 }
+_MOST = 1 << 17  # tensors; LoRA on every expert of the largest models has about 90,000
 _TRIES, _PAUSE = 200, 0.01  # of a reader that finds the folder changing: two seconds
 
 
@@ -160,7 +161,10 @@ def _digest(text: str) -> str:
 
 def adapter_folder(directory: Path, name: str = "default") -> Path:
     """The folder itself if it holds an adapter, or the one inside it that does; `name` tells between several."""
-    if (directory / CONFIG).is_file() or not directory.is_dir():
+    try:
+        if (directory / CONFIG).is_file() or not directory.is_dir():
+            return directory
+    except OSError:  # reading it will say what is wrong
         return directory
     # what starts with a dot is a writer's workspace
     inside = sorted(f.parent.name for f in directory.glob(f"*/{CONFIG}") if not f.parent.name.startswith("."))
@@ -202,13 +206,16 @@ def check_config_is_theirs(stored: Stored, about: frozenset[str], what: str) -> 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bool]:
     """Tensors and metadata of a safetensors file. Their sizes are bounded by the file's."""
-    if not path.is_file():
-        if os.path.lexists(path):
-            raise CheckpointError(f"{str(path)!r} is not a regular file")
-        return {}, {}, False
     try:
+        if not path.is_file():
+            if os.path.lexists(path):
+                raise CheckpointError(f"{str(path)!r} is not a regular file")
+            return {}, {}, False
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            keys = list(file.keys())
+            if len(keys) > _MOST:
+                raise CheckpointError(f"{str(path)!r} has {len(keys)} tensors; allowed are {_MOST}")
+            tensors = {key: file.get_tensor(key) for key in keys}
             metadata = file.metadata() or {}
     # An unknown dtype is an AttributeError or a KeyError of safetensors, by version
     except (SafetensorError, OSError, ValueError, AttributeError, KeyError, RuntimeError, TypeError) as error:

@@ -161,3 +161,99 @@ def test_the_folder_of_a_living_writer_is_not_removed(tmp_path):
         with workspace(".adapter-", tmp_path) as second:
             assert first != second and (first / "x").read_text() == "x"
     assert not list(tmp_path.iterdir())
+
+
+NO_PATHS = ["a\0b", None, 3, b"x", "x" * 300, "/dev/null/x"]
+
+
+@pytest.mark.parametrize("path", NO_PATHS)
+def test_what_is_no_path(mlp, path):
+    adapted = made(mlp, 2, 0.1)
+    for attempt in (
+        lambda: fg.save_adapter(adapted, path),
+        lambda: fg.save_adapter(adapted, path, format="peft"),
+        lambda: fg.load_adapter(mlp, path),
+        lambda: fg.export_ort_adapter(adapted, path),
+        lambda: fg.load_package(path),
+        lambda: fg.swap(adapted, path),
+    ):
+        with pytest.raises(fg.FxgraftError):
+            attempt()
+
+
+def pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def endless(file):
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+def huge(file):
+    os.truncate(file, 1 << 30)  # without a byte on the disk
+
+
+def many(file):
+    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"x{i}": nothing for i in range(140_000)}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+PLACES = {
+    "a pipe as config": (CONFIG, pipe, "not a regular file"),
+    "a pipe as weights": (WEIGHTS, pipe, "not a regular file"),
+    "a device as config": (CONFIG, endless, "not a regular file"),
+    "a device as weights": (WEIGHTS, endless, "not a regular file"),
+    "a loop": (CONFIG, lambda f: (f.unlink(), f.symlink_to(f.name)), "cannot be read"),
+    "a config of 1 GB": (CONFIG, huge, "1073741824 bytes"),
+    "weights with 1 GB behind them": (WEIGHTS, huge, "damaged"),
+    "more tensors than any adapter has": (WEIGHTS, many, "140000 tensors"),
+    "nested lists": (CONFIG, lambda f: f.write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"), "too deeply"),
+    "5000 digits": (CONFIG, lambda f: f.write_text('{"a": ' + "9" * 5000 + "}"), "5000 digits"),
+    "UTF-16": (CONFIG, lambda f: f.write_bytes(f.read_text().encode("utf-16")), "Save it as UTF-8"),
+    "a key twice": (CONFIG, lambda f: f.write_text('{"a": 1, "a": 2}'), "'a' stands twice"),
+    "not a number": (CONFIG, lambda f: f.write_text('{"a": NaN}'), "no finite number"),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and devices")
+@pytest.mark.parametrize("case", PLACES)
+def test_what_nobody_should_read(mlp, tmp_path, case):
+    name, change, says = PLACES[case]
+    fg.save_adapter(made(mlp, 2, 0.1), tmp_path)
+    change(tmp_path / name)
+    with pytest.raises(fg.CheckpointError, match=says):
+        fg.load_adapter(mlp, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors"),
+    [
+        ({"lora_nums": 2**24, "r": 1, "lora_alpha": 1}, {"base_model.model.up.lora_route.weight": (2, 7)}),
+        (
+            {"unshared_r": 0, "r": 2, "lora_alpha": 1, "enable_lora_rotation": False, "reduce_lora_A_x": 2**40,
+             "reduce_lora_B_x": 2**40},
+            {"base_model.model.up.lora_A.weight": (2, 1), "base_model.model.up.lora_B.weight": (1, 2)},
+        ),
+        ({"peft_type": "UNILORA", "theta_d_length": 2**50, "r": 2}, {"base_model.unilora_theta_d": (5,)}),
+        ({"peft_type": "UNILORA", "theta_d_length": 5, "r": 2**40}, {"base_model.unilora_theta_d": (5,)}),
+        ({"method": "unilora", "rank": 2**40, "vector_length": 2**50}, {"vector_bank": (5,)}),
+    ],
+)  # fmt: skip
+def test_sizes_that_only_the_config_of_another_program_claims(mlp, tmp_path, config, tensors):
+    config = {"target_modules": ["up"], **({} if "method" in config else {"peft_type": "LORA"}), **config}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    save_file({key: torch.ones(shape) for key, shape in tensors.items()}, tmp_path / WEIGHTS)
+    with pytest.raises(fg.CheckpointError):
+        fg.load_adapter(mlp, tmp_path)
+
+
+def test_a_supernet_with_fewer_ranks_than_its_path(mlp, tmp_path):
+    paths = {"A": "LoRA_1", "B": f"LoRA_{2**40}", "C": "none", "D": "none", "E": "none"}
+    (tmp_path / CONFIG).write_text(json.dumps({"method": "glora", "rank": 2**40, "paths": {"up": paths}}))
+    shapes = {"Ad": (11, 3), "Au": (3, 7), "Bd": (11, 3), "Bu": (3, 7)}
+    save_file({f"up.{name}": torch.ones(shape) for name, shape in shapes.items()}, tmp_path / WEIGHTS)
+    with pytest.raises(fg.CheckpointError, match=r"LoRA_1099511627776 of Bd, which is \(11, 3\)"):
+        fg.load_adapter(mlp, tmp_path)
