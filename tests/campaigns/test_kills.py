@@ -2,6 +2,8 @@
 
 A writer writes adapters 0 to 19 over the same files in turn. They differ in values, rank and alpha, so that files of
 two of them would show.
+
+`pytest -s -m campaign tests/campaigns/test_kills.py`: 200 kills, `FXGRAFT_CAMPAIGN_SCALE=2` for twice as many.
 """
 
 import itertools
@@ -17,7 +19,7 @@ from torch import nn
 import fxgraft as fg
 from fxgraft.exporters.adapterformat import read_adapter
 
-SCALE = int(os.environ.get("FXGRAFT_CAMPAIGN_SCALE", "1"))
+SCALE = float(os.environ.get("FXGRAFT_CAMPAIGN_SCALE", "1"))
 WRITERS = ("native", "native with a head", "peft", "onnx_adapter", "onnx_adapter with a frozen part")
 STEPS = 20
 
@@ -125,6 +127,6 @@ def test_a_killed_writer_leaves_one_whole_adapter(tmp_path, writer):
 @pytest.mark.campaign
 @pytest.mark.parametrize("writer", WRITERS)
 def test_kills_over_every_writer(tmp_path, writer):
-    counts = kills(tmp_path, writer, 8 * SCALE, seed=1)
+    counts = kills(tmp_path, writer, int(40 * SCALE), seed=1)
     print(f"\n{writer}: {counts}")
     assert counts["cut short"] > 0, "no writer was killed at work"
