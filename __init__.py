@@ -43,6 +43,7 @@ from .rewriter.errors import (
 from .rewriter.explain import explain
 from .rewriter.exported import capture
 from .rewriter.groups import parameter_groups
+from .rewriter.materialise import materialise
 from .rewriter.passbase import Program
 from .rewriter.spec import Spec, Target
 
@@ -100,6 +101,7 @@ __all__ = [
     "load_adapter",
     "load_package",
     "lora_breakdown",
+    "materialise",
     "merge",
     "package",
     "parameter_groups",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import pending
 from .adapterstate import AdapterState, check_same_function, methods_of
 from .biasslot import bias_slot
 from .dataflow import storage_key
@@ -128,15 +129,13 @@ def graft_adapter(
         raise AdapterError(f"rewrite(dtype={dtype}): adapter tensors are of a floating type")
     source = unwrap(model)
     if isinstance(source, torch.fx.GraphModule):
-        from .outline import check_graph_reads, outline_linears
+        from .outline import outline_linears
 
         source = outline_linears(source)  # type: ignore[assignment]
     check_name(source, name)
     check_no_tuners(source)
     check_unsharded(source)
     resolution = resolve(source, spec)
-    if isinstance(source, torch.fx.GraphModule):
-        check_graph_reads(source, (site for site, _ in resolution.sites))
     groups = _group(resolution, order)
     declared = declare(groups)
     if check is not None:
@@ -215,14 +214,17 @@ def _create(
             root._modules[name] = shared
         else:
             root._modules.setdefault(name, Container())._modules[f"group{index}"] = shared  # type: ignore[union-attr]
-    local = []
+    local, local_holders = [], []
     for site, decls in zip(group.sites, declared.local, strict=True):
         tensors = AdapterTensors(group.method, site, shared)
         _register(tensors, decls, adapter_dtype(site.dtype, dtype), site.device)
         add_adapter(modules[site.owner], name, tensors, site.key)
+        local_holders.append(tensors)
         local.append(tensors.tensors())
     if any(site.device.type == "meta" for site in group.sites):
-        return  # shapes only
+        for holder in (*local_holders, *([shared] if shared is not None else [])):
+            pending.note(holder, holder.tensors())  # shapes only
+        return
     common = shared.tensors() if shared is not None else {}
     with torch.no_grad():
         group.method.derive(group.sites, common, local)
@@ -479,6 +481,8 @@ def write_state(root: nn.Module, name: str, given: Mapping[str, Tensor]) -> None
     with torch.no_grad():
         for key, slot in live.items():
             put(slot, given[key])
+    for _, tensors in adapter_modules(root, name, record_of(root, name)):
+        pending.settle(tensors)
 
 
 def swap(model: nn.Module, state: Mapping[str, Tensor] | nn.Module, name: str = "default") -> None:

@@ -26,6 +26,7 @@ from .errors import AdapterError, CaptureError, FxgraftError
 from .method import Method
 from .observe import Read
 from .off import Switch, base_forward, nothing
+from .pending import keeps_values
 from .percall import current
 from .sites import NoMatch, Site, find_linears
 from .standin import followed, only_off, plain, retrained
@@ -84,6 +85,18 @@ class Grafted(nn.Module):
             else:
                 super().__setattr__(name, before)
             raise
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As for any module; a copy that an adapter trains shows NaN where `to_empty` has taken its values."""
+        result = super()._apply(fn, recurse)
+        adapters = self._modules.get(ADAPTERS)
+        copies = [m for m in adapters._modules.values() if not isinstance(m, Container)] if adapters is not None else []
+        if copies and not keeps_values(fn):
+            with torch.no_grad():
+                for tensor in (t for m in copies for t in (*m.parameters(), *m.buffers())):  # type: ignore[union-attr]
+                    if tensor.is_floating_point() and not tensor.is_meta:
+                        tensor.fill_(float("nan"))
+        return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class cannot be imported; it is a function of the base class and the slots.

@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .errors import CaptureError, TargetError
+from .errors import CaptureError
 from .graft import BASE, Grafted, plain_view, renew_class
 from .memory import erase_unread
 from .off import is_off
-from .sites import LinearNode, NoMatch, Site, find_linears
+from .sites import LinearNode, NoMatch, find_linears
 from .skeleton import copy_skeleton
 from .state import STATE, Container
-from .views import is_fact
 
 
 class OutlinedLinear(nn.Module):
@@ -107,23 +105,6 @@ def _owner_path(linear: LinearNode) -> str | None:
     if linear.form != "matmul" and linear.bias_name is not None and linear.bias_name.rpartition(".")[0] != path:
         return None
     return path
-
-
-def check_graph_reads(gm: fx.GraphModule, sites: Iterable[Site]) -> None:
-    """Raise `TargetError` for a weight of a called module that the graph reads itself too: an adapter in the module
-    would not reach that read."""
-    readers: dict[str, str] = {}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            for user in node.users:
-                if not is_fact(user, node):
-                    readers.setdefault(str(node.target), user.name)
-    for site in sites:
-        if site.owner and (reader := readers.get(f"{site.owner}.{site.weight}")):
-            raise TargetError(
-                f"{site.name!r} cannot be adapted: {site.weight!r} is read by {reader!r} of the graph too, which calls "
-                "no layer. Exclude it or choose other targets"
-            )
 
 
 def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from . import pending
 from .errors import AdapterError, listing
 from .method import Method
 from .off import Switch
@@ -111,6 +112,17 @@ class AdapterTensors(Container):
         self.site = site
         self.rows: Rows = UNPROVEN  # a site of a bank: how the samples of a batch lie in its input
         self.__dict__["shared"] = shared
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return pending.apply(self, fn, lambda: super(AdapterTensors, self)._apply(fn, recurse))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        pending.settle(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        pending.restore(self)
 
     def tensors(self) -> dict[str, Any]:
         """Every tensor by name, derived ones included."""

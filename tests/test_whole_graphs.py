@@ -199,15 +199,14 @@ def test_a_layer_whose_weight_the_graph_reads_too_is_refused():
     class Reads(nn.Module):
         def __init__(self):
             super().__init__()
-            self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.q = nn.Linear(4, 4)
 
         def forward(self, x):
-            return self.q(x) + self.q.weight.norm() + self.k(x.to(self.k.weight.dtype))
+            return self.q(x) + self.q.weight.norm()
 
     gm = fx.symbolic_trace(Reads())
-    with pytest.raises(fg.TargetError, match="read by 'norm' of the graph"):
+    with pytest.raises(fg.TargetError, match="reads this weight without calling"):
         fg.rewrite(gm, fg.Spec(fg.LoRA(2), ["q"]))
-    assert not torch.equal(perturb(fg.rewrite(gm, fg.Spec(fg.LoRA(2), ["k"])))(torch.ones(1, 4)), gm(torch.ones(1, 4)))
 
 
 def test_a_graph_with_adapters_at_its_root_is_not_compiled_without_them():
