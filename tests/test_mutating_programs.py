@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -55,8 +56,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("method", ["lora", "unilora"])
+@pytest.mark.parametrize(("name", "method"), zip(PROGRAMS, itertools.cycle(METHODS), strict=False))
 def test_inference(name, method):
     model = adapted(name, method)
     eager, backend = copy.deepcopy(model), Compared()
