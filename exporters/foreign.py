@@ -149,6 +149,11 @@ def graft(model: M, foreign: Foreign, name: str, what: str) -> M:
     order = in_model_order(foreign.methods, model)
 
     def fits(plan: Plan) -> None:
+        if hosted := [site.name for site in plan.sites if site.host is not None]:
+            raise CheckpointError(
+                f"{what} has adapters at {listing(hosted)}, whose weights this model reads without calling the layers: "
+                "where it was trained they had no effect"
+            )
         here = {site.name for site in plan.sites}
         if missing := [site for site in order if site not in here]:
             close = near_misses(missing[0], [n for n, _ in base_modules(unwrap(model))], 2)

@@ -96,6 +96,11 @@ def _no_peft_form(methods: Iterable[Method]) -> str:
 def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: str) -> None:
     if parts := [site.name for site in record.sites if not site.whole]:
         raise CheckpointError(f"{what}: PEFT adapts whole layers, and these are parts of one: {listing(parts)}")
+    if hosted := [site.name for site in record.sites if site.host is not None]:
+        raise CheckpointError(
+            f"{what}: PEFT's layers act when they are called, and the model reads the weights of {listing(hosted)} "
+            "without calling them"
+        )
     others = [s.name for s in record.sites if not s.owner or s.weight != "weight" or not is_linear(modules[s.owner])]
     if others:
         raise CheckpointError(f"{what}: PEFT adapts nn.Linear and Conv1D inside a model, and not {listing(others)}")

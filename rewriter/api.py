@@ -21,9 +21,11 @@ from .fastpath import set_fast_paths
 from .graft import (
     ADAPTERS,
     BASE,
+    HOSTED,
     add_adapter,
     check_forward,
     drop_adapter,
+    host,
     plain_view,
     planned,
     restore_class,
@@ -147,7 +149,13 @@ def graft_adapter(
     modules = grafted_modules(adapted)
     for group in groups:
         for site in group.sites:
-            if site.bias is None and group.method.adds_bias(site) and bias_slot(modules[site.owner], site) is None:
+            if site.host is not None and group.method.inputs:
+                raise SpecError(
+                    f"{site.name!r}: its product is in the forward of {site.host or 'the root'!r}, which never calls "
+                    "it, so a bank cannot tell which rows are whose there"
+                )
+            without = site.host is not None or bias_slot(modules[site.owner], site) is None
+            if site.bias is None and group.method.adds_bias(site) and without:
                 raise SpecError(
                     f"{type(group.method).__name__} gives {site.name!r} a bias, and the owner's forward adds none to "
                     "this product: it could never be merged. Exclude the site, or choose a method without a bias there "
@@ -155,6 +163,8 @@ def graft_adapter(
                 )
     for index, (group, tensors) in enumerate(zip(groups, declared, strict=True)):
         _create(adapted, modules, group, tensors, index, name, dtype, update, initialise)
+    for site in (site for group in groups for site in group.sites if site.host is not None):
+        host(modules[site.computed], name, site.within)
     copies = _trainable_copies(modules, resolution.train, spec.keep_ties)
     for path, twin in copies.items():
         add_adapter(modules[path], name, twin)
@@ -331,7 +341,7 @@ def _switch_gradients(state: ModelState, name: str, parameters: Mapping[str, nn.
 
 
 def _owners(record: AdapterRecord) -> Iterator[str]:
-    yield from dict.fromkeys(site.owner for site in record.sites)
+    yield from dict.fromkeys(path for site in record.sites for path in (site.owner, site.computed))
     yield from record.train
     yield from dict.fromkeys(tied.path for tied in record.ties)
 
@@ -518,7 +528,7 @@ def remove(model: nn.Module, name: str) -> None:
         root.__dict__.pop(GUARD, None)
     for path in _owners(record):
         drop_adapter(modules[path], name)
-        if ADAPTERS not in modules[path]._modules and TIED not in modules[path].__dict__:
+        if ADAPTERS not in modules[path]._modules and modules[path].__dict__.keys().isdisjoint((TIED, HOSTED)):
             restore_class(modules[path])
     container = root._modules.get(SHARED)
     if container is not None:

@@ -34,6 +34,7 @@ from .state import ADAPTERS, TIED, AdapterTensors, Container, lookup
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
 HOOKED = "_old_forward"  # plain attribute where accelerate keeps the forward that its hook on a module calls
+HOSTED = "fxgraft_hosted"  # plain attribute of a host: adapter -> the owners below whose products it computes
 FOLLOWS = "fxgraft_follows"  # plain attribute: what of TIED is active
 WEIGHT = "fxgraft_weight"  # plain attribute of an owner: what the delta of a slot is multiplied with, if not 1
 BASE = "fxgraft_base"  # plain attribute of an owner: its class before grafting
@@ -136,7 +137,7 @@ def plain_view(module: nn.Module) -> nn.Module:
         return module
     base = base_class(module)
     view = object.__new__(base)  # the class' own may ask for arguments, and that of a GraphModule makes another class
-    hidden: tuple[str, ...] = (SLOT, WEIGHT, BASE, SWITCH, TIED, FOLLOWS)
+    hidden: tuple[str, ...] = (SLOT, WEIGHT, BASE, SWITCH, TIED, FOLLOWS, HOSTED)
     hidden += ("forward", HOOKED) if _hooked(module) else ()
     view.__dict__ = {k: v for k, v in attributes(module).items() if not k.startswith(hidden)}
     view.__dict__["_modules"] = {k: v for k, v in module._modules.items() if not isinstance(v, Container)}
@@ -178,10 +179,11 @@ def drop_adapter(owner: nn.Module, name: str) -> None:
         adapters._modules.pop(name, None)
         if not adapters._modules:
             del owner._modules[ADAPTERS]
-    if (ties := owner.__dict__.get(TIED)) is not None:
-        ties.pop(name, None)
-        if not ties:
-            del owner.__dict__[TIED]
+    for attribute in (TIED, HOSTED):
+        if (held := owner.__dict__.get(attribute)) is not None:
+            held.pop(name, None)
+            if not held:
+                del owner.__dict__[attribute]
 
 
 def tie(module: nn.Module, adapter: str, attribute: str, trained: nn.Module, name: str) -> None:
@@ -227,10 +229,11 @@ def planned(owner: nn.Module, names: Mapping[str, float], switch: Switch) -> Cha
     slots: list[Any] = []
     weights: dict[int, torch.Tensor] = {}
     for name, weight in names.items():
-        if adapters is None or name not in adapters._modules:
-            continue
-        child = adapters._modules[name]
-        added: list[Any] = site_tensors(owner, name) if isinstance(child, Container) else [child]
+        child = adapters._modules.get(name) if adapters is not None else None
+        added: list[Any] = _own_sites(owner, name) if isinstance(child, Container) else [] if child is None else [child]
+        for within in owner.__dict__.get(HOSTED, {}).get(name, ()):
+            below = site_tensors(lookup(owner, within), name)
+            added += [t for t in below if t.site is not None and t.site.host is not None]
         if weight != 1:
             for index, module in enumerate(added, len(slots)):
                 weights[index] = _weight_tensor(weight, module)
@@ -239,6 +242,17 @@ def planned(owner: nn.Module, names: Mapping[str, float], switch: Switch) -> Cha
     for name in names:
         follows |= owner.__dict__.get(TIED, {}).get(name, {})
     return Change(owner, tuple(slots), weights, follows, _class_for(owner, slots, weights, follows), switch)
+
+
+def _own_sites(owner: nn.Module, name: str) -> list[AdapterTensors]:
+    """The tensors at the sites whose products the owner computes itself."""
+    return [t for t in site_tensors(owner, name) if t.site is not None and t.site.host is None]
+
+
+def host(module: nn.Module, name: str, within: str) -> None:
+    """Let a module compute, for an adapter, products with the weights of an owner below it."""
+    held = module.__dict__.setdefault(HOSTED, {})
+    held[name] = tuple(dict.fromkeys((*held.get(name, ()), within)))
 
 
 def _weight_tensor(weight: float, module: nn.Module) -> torch.Tensor:
@@ -251,7 +265,7 @@ def _weight_tensor(weight: float, module: nn.Module) -> torch.Tensor:
 def restore_class(owner: nn.Module) -> None:
     """Give an owner without adapters its original class back."""
     owner.__class__ = owner.__dict__.pop(BASE)
-    for attribute in [a for a in owner.__dict__ if a.startswith((SLOT, WEIGHT, FOLLOWS, FUSED, SWITCH))]:
+    for attribute in [a for a in owner.__dict__ if a.startswith((SLOT, WEIGHT, FOLLOWS, FUSED, SWITCH, TIED, HOSTED))]:
         del owner.__dict__[attribute]
     _follow_class(owner)
 
@@ -327,15 +341,20 @@ def _class_for(
         return _class((base, held, fused), base, {**plain(base), **tied, **unfused})
     view = plain_view(owner)
     traced = trace(view)
+    given: list[Site] = [s.site for s in slots]  # type: ignore[misc]
+    sites = [site.at_host() for site in given]
     described = tuple(
-        (s.site.weight, s.site.bias, s.site.offset, s.site.parts, s.method, index in weights)  # type: ignore[union-attr]
-        for index, s in enumerate(slots)
+        (site.weight, site.bias, site.offset, site.parts, slots[index].method, index in weights)
+        for index, site in enumerate(sites)
     )
     key = (traced.signature, described)
     known = _classes.get(key)
     if known is None:
         parameters = {n: p for n, p in view._parameters.items() if p is not None}
-        adapters = [(s.site, s.method, index in weights) for index, s in enumerate(slots)]
+        for within in dict.fromkeys(site.within for site in given if site.within):
+            below = lookup(owner, within)._parameters
+            parameters.update({f"{within}.{n}": p for n, p in below.items() if p is not None})
+        adapters = [(site, slots[i].method, i in weights) for i, site in enumerate(sites)]
         graph = graft_graph(traced.graph, parameters, adapters)  # type: ignore[arg-type]
         forward = _compile(graph, base, traced.reads)
         reads = frozenset(read.path[0] for read in traced.reads if read.root is None)

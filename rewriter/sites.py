@@ -46,6 +46,7 @@ class LinearNode:
         contracted: which dimension of the stored weight is summed over: 1 for `(out, in)`, 0 for `(in, out)`.
         bias_name: attribute path of the bias the product adds, which nothing else reads, or None.
         form: how it is written: `linear`, `addmm` or `matmul`.
+        host: `Site.host`.
     """
 
     node: fx.Node
@@ -55,6 +56,7 @@ class LinearNode:
     contracted: int
     bias_name: str | None
     form: str
+    host: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Site:
         part, parts: which of how many equal parts of the produced dimension; `0, 1` is the whole weight.
         dtype, device: of the weight.
         form: how the model writes the product.
+        host: dotted path of the module above the owner that computes the product with the owner's weight, which it
+            reads; None where the owner does so itself.
     """
 
     name: str
@@ -88,6 +92,7 @@ class Site:
     dtype: torch.dtype
     device: torch.device
     form: str
+    host: str | None = None
 
     def __deepcopy__(self, memo: object) -> Site:
         return self
@@ -101,6 +106,23 @@ class Site:
         """The site's name inside its owner: empty for the whole of a parameter called `weight`."""
         stem = "" if self.weight == "weight" else self.weight.replace(".", "_")
         return stem if self.whole else f"{stem}part{self.part}"
+
+    @property
+    def computed(self) -> str:
+        """The path of the module whose forward has the product."""
+        return self.owner if self.host is None else self.host
+
+    @property
+    def within(self) -> str:
+        """The owner's path from its host on; empty without one."""
+        return "" if self.host is None else self.owner[len(self.host) + 1 if self.host else 0 :]
+
+    def at_host(self) -> Site:
+        """The site as the graph of the host names it."""
+        if self.host is None:
+            return self
+        bias = None if self.bias is None else f"{self.within}.{self.bias}"
+        return replace(self, weight=f"{self.within}.{self.weight}", bias=bias)
 
     def linear_layout(self, weight: Tensor) -> Tensor:
         """A view `(out, in)` of this site's part of the stored weight."""

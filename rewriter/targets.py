@@ -6,7 +6,7 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -122,10 +122,7 @@ def _sites_of(model_modules: Mapping[str, nn.Module], candidate: _Candidate) -> 
         )
     reader = reader_of(model_modules, candidate.owner, candidate.attribute)
     if reader is not None:
-        return NoMatch(
-            f"{type(model_modules[reader]).__name__} ({reader or 'the root'}) reads this weight without calling the "
-            "layer: an adapter on it would be silently skipped"
-        )
+        return _hosted(model_modules, candidate, reader)
     base = base_class(owner)
     if base.forward is nn.Module.forward:
         return NoMatch(f"{base.__name__} has no forward")
@@ -136,6 +133,28 @@ def _sites_of(model_modules: Mapping[str, nn.Module], candidate: _Candidate) -> 
     parameters = {n: p for n, p in owner._parameters.items() if p is not None}
     found = find_linears(graph, parameters)[candidate.attribute]
     return found if isinstance(found, NoMatch) else found[0]
+
+
+def _hosted(modules: Mapping[str, nn.Module], candidate: _Candidate, reader: str) -> LinearNode | NoMatch:
+    """The product in the graph of the module that reads the weight, where torch.fx can follow its forward."""
+    host, within = modules[reader], candidate.owner[len(reader) + 1 if reader else 0 :]
+    said = (
+        f"{base_class(host).__name__} ({reader or 'the root'}) reads this weight without calling the layer: an adapter "
+        "on it would be silently skipped"
+    )
+    try:
+        graph = trace(plain_view(host)).graph
+    except CaptureError as error:
+        return NoMatch(f"{said}, and cannot be put into the product itself: {error}")
+    if any(node.op == "call_module" and f"{within}.".startswith(f"{node.target}.") for node in graph.nodes):
+        return NoMatch(f"{said} there, as the layer is called too")
+    owner = modules[candidate.owner]
+    tensors = {f"{within}.{name}": p for name, p in owner._parameters.items() if p is not None}
+    found = find_linears(graph, tensors)[f"{within}.{candidate.attribute}"]
+    if isinstance(found, NoMatch):
+        return NoMatch(f"{said}, and cannot be put into the product itself: {found.reason}")
+    bias = found[0].bias_name
+    return replace(found[0], bias_name=None if bias is None else bias.rpartition(".")[2], host=reader)
 
 
 def _make_sites(candidate: _Candidate, linear: LinearNode, weight: Tensor, target: Target | None) -> list[Site]:
@@ -162,6 +181,7 @@ def _make_sites(candidate: _Candidate, linear: LinearNode, weight: Tensor, targe
             dtype=weight.dtype,
             device=weight.device,
             form=linear.form,
+            host=linear.host,
         )
         for part in selected
     ]
