@@ -25,6 +25,8 @@ def swap(
 ) -> None:
     """Give an adapter other values of the same structure, in place; a compiled model is not compiled anew.
 
+    A call going on in another thread meanwhile may see some tensors new and some old: swap between calls.
+
     Args:
         model: the adapted model, or what compiled it.
         state: what `adapter_state` gives, which remembers its methods; a plain dict, taken as values of this adapter's

@@ -498,6 +498,8 @@ def write_state(root: nn.Module, name: str, given: Mapping[str, Tensor]) -> None
 def swap(model: nn.Module, state: Mapping[str, Tensor] | nn.Module, name: str = "default") -> None:
     """Give an adapter other values of the same structure, in place; a compiled model is not compiled anew.
 
+    A call going on in another thread meanwhile may see some tensors new and some old: swap between calls.
+
     Args:
         state: what `adapter_state` gives, which remembers its methods; a plain dict, taken as values of this adapter's
             structure; or an adapted model with an adapter of that name, or one adapter.

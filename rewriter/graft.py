@@ -23,6 +23,7 @@ from torch import fx, nn
 from .capture import trace
 from .dialect import eager_form
 from .errors import AdapterError, CaptureError, FxgraftError
+from .looking import captured
 from .method import Method
 from .observe import Read
 from .off import Switch, base_forward, nothing
@@ -419,8 +420,8 @@ def _conditions(reads: Sequence[Read], namespace: dict[str, Any]) -> list[str]:
         namespace[f"_value{index}"] = read.value
         differs = f"{place} {'is not' if read.value is None or isinstance(read.value, bool) else '!='} _value{index}"
         in_cell = isinstance(read.root, types.CellType)
-        found.append(f"(not torch.compiler.is_compiling() and {differs})" if in_cell else differs)
-        namespace["torch"] = torch
+        found.append(f"(not fxgraft_captured() and {differs})" if in_cell else differs)
+        namespace["fxgraft_captured"] = captured
     return found
 
 
