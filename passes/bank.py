@@ -9,6 +9,7 @@ other than linears, and sites whose input is not in the order of the batch (expe
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -76,6 +77,11 @@ def bank(
     base = base_of(root)
     if isinstance(batch_axis, bool) or not isinstance(batch_axis, int) or batch_axis < 0:
         raise AdapterError(f"bank(batch_axis={batch_axis!r}): a dimension, counted from 0 up")
+    if ADAPTER_IDS in inspect.signature(base.forward).parameters:
+        raise AdapterError(
+            f"the forward of {type(base).__name__} takes {ADAPTER_IDS!r} itself, the name under which a bank is told "
+            "which sample takes which adapter: rename its own"
+        )
     if spec is None and find_state(root) is not None and len(active(root)) == 1:
         spec = record_of(root, active(root)[0]).spec
     given: Mapping[str, Any] = _own(root) if tenants is None else tenants

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ from .bank_rows import Layout, layouts, merge, rows_of
 
 BANK = "bank"  # the adapter's name, and with an underscore the attribute that holds the record
 _LEASES = "fxgraft_leases"  # attribute of a tensor of ids: slot -> the tenant it was made for
+
+
+_NOTHING = nullcontext()
 
 
 class _Holding(threading.local):
@@ -125,7 +128,7 @@ class BankRecord:
         ids = given[ADAPTER_IDS]
         check_batch(given, args, kwargs, self.batch_axis)
         if ids is None or not ids.shape[0]:
-            with remembered({ADAPTER_IDS: None}):
+            with remembered({ADAPTER_IDS: None}) if torch.is_grad_enabled() else _NOTHING:
                 yield {}
             return
         if ids.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph is replayed with other values
@@ -137,8 +140,12 @@ class BankRecord:
             ids = ids.to(first.device)
         if ids.shape[0] > 1:
             self.prove(root, ids.shape[0], args, kwargs)
-        with self._held(slots, leases), remembered({ADAPTER_IDS: ids}):
-            yield {ADAPTER_IDS: ids}
+        self._hold(slots, leases)
+        try:
+            with remembered({ADAPTER_IDS: ids}) if torch.is_grad_enabled() else _NOTHING:
+                yield {ADAPTER_IDS: ids}
+        finally:
+            self._let_go(slots)
 
     def _slots(self, ids: Tensor) -> frozenset[int]:
         """The slots that ids name, without the base's."""
@@ -150,8 +157,8 @@ class BankRecord:
             )
         return slots - {0}
 
-    @contextmanager
-    def _held(self, slots: frozenset[int], leases: Mapping[int, str]) -> Iterator[None]:
+    def _hold(self, slots: frozenset[int], leases: Mapping[int, str]) -> None:
+        """Keep the tenants of these slots where they are, once nobody is writing there."""
         with self._changed:
             if self._closed and not any(record == id(self) for record, _ in _holding.slots):
                 # A call inside another does not wait: that one may hold what would be waited for.
@@ -166,15 +173,14 @@ class BankRecord:
             for slot in slots:
                 self._pins[slot] += 1
         _holding.slots.append((id(self), slots))
-        try:
-            yield
-        finally:
-            _holding.slots.pop()
-            with self._changed:
-                for slot in slots:
-                    self._pins[slot] -= 1
-                if self._closed:
-                    self._changed.notify_all()
+
+    def _let_go(self, slots: frozenset[int]) -> None:
+        _holding.slots.pop()
+        with self._changed:
+            for slot in slots:
+                self._pins[slot] -= 1
+            if self._closed:
+                self._changed.notify_all()
 
     @contextmanager
     def generation(
@@ -192,8 +198,11 @@ class BankRecord:
             device = next(iter(tensors.values())).device
             tensors.setdefault("decoder_input_ids", torch.zeros(ids.shape[0], 2, dtype=torch.int64, device=device))
             self.prove(root, ids.shape[0], (), tensors)
-        with self._held(slots, getattr(ids, _LEASES, {})):
+        self._hold(slots, getattr(ids, _LEASES, {}))
+        try:
             yield given
+        finally:
+            self._let_go(slots)
 
     def compiled(self, given: dict[str, Any]) -> dict[str, Any]:
         """Inside somebody else's graph the values of ids cannot be looked at: the graph does it."""

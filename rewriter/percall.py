@@ -76,9 +76,6 @@ _forgotten = 0  # nodes below this number may be of calls that are no longer kep
 @contextlib.contextmanager
 def remembered(values: dict[str, Any]) -> Iterator[None]:
     """Keep the values of a call that records a graph for what its backward computes again."""
-    if not torch.is_grad_enabled():
-        yield
-        return
     start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
     try:
         yield

@@ -134,6 +134,20 @@ def test_states_that_are_refused(mlp):
     assert fg.tenants(banked) == {"a": 1}
 
 
+def test_a_model_with_ids_of_its_own():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(4, 4)
+
+        def forward(self, x, adapter_ids):
+            return self.q(x) * adapter_ids
+
+    tenant = fg.rewrite(Own(), fg.Spec(fg.LoRA(rank=2), targets=["q"]))
+    with pytest.raises(fg.AdapterError, match="takes 'adapter_ids' itself"):
+        fg.bank(tenant, {"a": tenant})
+
+
 def test_values_too_large_for_the_stacks(mlp):
     tenant = adapted(mlp, fg.LoRA(rank=2), scale=1e6)
     small = adapted(mlp, fg.LoRA(rank=2))
