@@ -48,6 +48,8 @@ def export_ort_adapter(
     are mixed, or (with `expanded=False`) derived tensors are not those the config gives; `FxgraftError` for methods
     without low-rank factors.
     """
+    if not isinstance(adapted, torch.nn.Module):
+        raise ExportError(f"export_ort_adapter({type(adapted).__name__}, ...): give the adapted model, an nn.Module")
     whole = whole_weights(adapted, name)
     plain = graph_tensors(adapted, name, whole)
     if not plain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 import warnings
@@ -196,6 +197,11 @@ def export_onnx(
             f"opset={opset}: this exporter writes opset {OPSETS[0]} to {OPSETS[1]}. "
             + ("Give one of these" if opset > OPSETS[1] else "onnxruntime has run 18 since version 1.14")
         )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ExportError(f"seed={seed!r}: give a whole number")
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (number and 0 < tolerance < math.inf):
+        raise ExportError(f"tolerance={tolerance!r}: give a number above 0, or None")
     if cache and dynamic_shapes is not None:
         raise ExportError("cache=True makes every axis of the cache and the tokens dynamic; leave dynamic_shapes out")
     with TURN:

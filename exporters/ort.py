@@ -17,7 +17,7 @@ from . import manifest
 from .adapterfile import export_ort_adapter
 from .adapterfit import DIFFERENCE, check_config, check_fit, check_room, one_slot, overlap, widened_to
 from .adapterformat import EXPANDED, STRUCTURED, read_adapter
-from .errors import SessionError
+from .errors import SessionError, path_of
 from .expand import Expander
 from .ort_bank import Bank, room
 from .ort_binding import Provider, device_of, run_bound, start
@@ -75,14 +75,14 @@ class OrtSession:
         """
         import onnxruntime
 
-        self.path = Path(path)
+        self.path = path_of(path, "OrtSession(path)", SessionError)
         if not self.path.is_file():
             raise SessionError(f"there is no graph {str(path)!r}")
         if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
             raise SessionError(f"max_bytes={max_bytes!r}: give a whole number of bytes from 1 up, or None for no limit")
-        for what, size in (("capacity", capacity), ("rank", rank)):
+        for what, size in (("capacity", capacity), ("rank", rank), ("threads", threads)):
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-                raise SessionError(f"{what}={size!r}: give a whole number from 1 up, or None for what the graph says")
+                raise SessionError(f"{what}={size!r}: give a whole number from 1 up, or None to leave it out")
         if verify:
             repeat_checks(self.path)
         self._session = start(self.path, providers, threads, strict)
@@ -168,7 +168,9 @@ class OrtSession:
         graph (see `adapterfit.check_fit`) or the byte budget. Nothing is changed then.
         """
         self._check_new(name, replace)
-        adapter = self._cache.add(name, Source(Path(path), partial, check_base), load=True, fresh=not replace)
+        adapter = self._cache.add(
+            name, Source(path_of(path, "load", AdapterError), partial, check_base), load=True, fresh=not replace
+        )
         assert adapter is not None
         if self._bank is not None:
             self._bank.forget(name)
@@ -189,7 +191,7 @@ class OrtSession:
 
         Raises `AdapterError` where the name is taken or there is no such file.
         """
-        if not Path(path).is_file():
+        if not path_of(path, "register", AdapterError).is_file():
             raise AdapterError(f"register({name!r}, ...): there is no adapter file {str(path)!r}")
         self._check_new(name, replace)
         self._cache.add(name, Source(Path(path), partial, check_base), load=False, fresh=not replace)
@@ -353,6 +355,8 @@ class OrtSession:
             return self._combine([self._cache.get(name) for name in weights], list(weights.values()))
         if not isinstance(adapter, Sequence):
             raise AdapterError(f"adapter={adapter!r}: give a name, several in a list, or weights by name in a dict")
+        if wrong := [name for name in adapter if not isinstance(name, str)]:
+            raise AdapterError(f"adapter={adapter!r}: {wrong[0]!r} is no adapter's name")
         values: dict[str, Any] = {}
         owner: dict[str, str] = {}
         for one in [self._cache.get(name) for name in adapter]:

@@ -42,6 +42,8 @@ def start(path: Path, providers: Sequence[Provider] | None, threads: int | None,
 
     available = onnxruntime.get_available_providers()
     chosen: list[Provider] = [name for name in _PREFERRED if name in available] if providers is None else [*providers]
+    if isinstance(providers, str) or any(not isinstance(_name(one), str) for one in chosen):
+        raise SessionError(f"providers={providers!r}: give a list of names, or of (name, options)")
     _check_available(chosen, available, asked=providers is not None)
     options = onnxruntime.SessionOptions()
     # Severity 2 remarks on every overridable initializer, which is the point of these graphs.
@@ -108,7 +110,7 @@ def _narrow(path: Path, chosen: Sequence[Provider]) -> str:
 
 
 def _name(entry: Provider) -> str:
-    return entry if isinstance(entry, str) else entry[0]
+    return entry[0] if isinstance(entry, (tuple, list)) and entry else entry  # type: ignore[return-value]
 
 
 def device_of(session: Any) -> Device:

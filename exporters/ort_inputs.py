@@ -60,12 +60,12 @@ def check_inputs(inputs: Mapping[str, Any], graph: Mapping[str, TensorInfo], ban
 
 
 def _array(name: str, given: Any) -> Array:
-    if isinstance(given, torch.Tensor):
-        tensor = given.detach().cpu().contiguous()
-        return tensor if tensor.dtype is torch.bfloat16 else tensor.numpy()
     try:
+        if isinstance(given, torch.Tensor):
+            tensor = given.detach().cpu().contiguous()
+            return tensor if tensor.dtype is torch.bfloat16 else tensor.numpy()
         array = np.asarray(given)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; sparse and meta tensors
         raise SessionError(f"input {name!r} is no array: {error}") from error
     return np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar one-dimensional
 

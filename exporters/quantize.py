@@ -27,7 +27,7 @@ from ..rewriter.errors import listing
 from ..rewriter.method import ADAPTER_IDS
 from . import graph, manifest
 from .checks import drawn, probe, random_adapter
-from .errors import ExportError, VerifyError
+from .errors import ExportError, VerifyError, path_of
 from .parity import quiet_session, run
 from .seal import RECORD, SEAL, check_seal, seal
 from .weights import link
@@ -86,7 +86,7 @@ def quantize_onnx(
     """
     if isinstance(bits, bool) or bits not in (8, 4):
         raise ExportError(f"quantize_onnx(bits={bits!r}): give 8 or 4")
-    source = Path(path)
+    source = path_of(path, "quantize_onnx", VerifyError)
     metadata = check_seal(source)
     told = manifest.load(metadata)
     if told is None or RECORD not in metadata:

@@ -21,7 +21,7 @@ from ..rewriter.skeleton import bare
 from . import manifest
 from .checks import axes_of, differs, drawn, hold_against_torch, probe, random_adapter, rule_of
 from .decoder import cached
-from .errors import SessionError, VerifyError
+from .errors import SessionError, VerifyError, path_of
 from .onnx import working_copy
 from .parity import quiet_session, run
 from .plans import make_plan
@@ -68,7 +68,9 @@ def verify(
         seed: of the unseen inputs; None draws one.
     """
     started = time.perf_counter()
-    file = Path(path)
+    file = path_of(path, "verify", VerifyError)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise VerifyError(f"verify(seed={seed!r}): give a whole number, or None")
     metadata = check_seal(file)
     try:
         told = manifest.load(metadata)
