@@ -9,6 +9,7 @@ config and sites, which is what many tenants of one base have.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ from ..rewriter.state import record_of, unwrap
 FORMAT = 1
 # Projections kept for later adapters; int32 indices take as much memory as one float32 adapter.
 _KEEP = 4
+# Derived numbers that are never too many, and those that always are.
+_FREE, _MOST = 1 << 24, 1 << 29
 
 
 def describe(adapted: torch.nn.Module, name: str) -> dict[str, Any]:
@@ -117,7 +120,7 @@ class Expander:
                 found.update(self._group(group, left, what))
             for key in described["trained"]:
                 found[key] = _take(left, key, what)
-        except (SpecError, MergeError, KeyError, TypeError, ValueError) as error:
+        except (SpecError, MergeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{what} cannot be expanded: {error}") from error
         if left:
             raise CheckpointError(f"{what} has tensors its method does not have: {listing(left)}")
@@ -149,6 +152,11 @@ class _Prepared:
 
     def __init__(self, method: Method, sites: tuple[Site, ...]) -> None:
         self.declaration: Declaration = method.declare(sites)
+        places = (self.declaration.shared, *self.declaration.local)
+        derived = sum(math.prod(d.shape) for decls in places for d in decls.values() if d.role == "derived")
+        weights = sum(site.in_features * site.out_features for site in sites)
+        if derived > min(max(_FREE, 4 * weights), _MOST):  # sizes are only claimed, by the text of a file
+            raise ValueError(f"it would derive {derived} numbers for layers of {weights} weights in all")
         self.shared, self.local = _empty(self.declaration.shared), [_empty(one) for one in self.declaration.local]
         method.derive(sites, self.shared, self.local)
 
@@ -184,6 +192,8 @@ def _site(name: str, out_features: int, in_features: int, dtype: str) -> Site:
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"site {name!r} has the unknown dtype {dtype!r}")
+    if [type(size) for size in (out_features, in_features)] != [int, int] or min(out_features, in_features) < 1:
+        raise ValueError(f"site {name!r} is {out_features!r} x {in_features!r}")
     return Site(
         name, name, "weight", None, in_features, out_features, 1, 0, 0, 1, kind, torch.device("cpu"), "linear"
     )  # fmt: skip
