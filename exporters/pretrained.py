@@ -22,9 +22,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..rewriter.api import _live_state
 from ..rewriter.errors import CheckpointError, listing
-from ..rewriter.saving import SAVE, register_writers
+from ..rewriter.saving import SAVE, is_adapter_key, register_writers
 from ..rewriter.shards import full, is_sharded, on_first
-from ..rewriter.state import ADAPTERS, SHARED, base_modules, state_of
+from ..rewriter.state import base_modules, state_of
 from .native import save_native
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)\b.*\.(safetensors|bin|index\.json)")
@@ -86,7 +86,7 @@ def save_inner(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs:
         "were not: they are saved with the whole model",
         stacklevel=5,
     )
-    return own(*args, **{**kwargs, "state_dict": {k: t for k, t in state.items() if not _is_adapter(k)}})
+    return own(*args, **{**kwargs, "state_dict": {k: t for k, t in state.items() if not is_adapter_key(k)}})
 
 
 def trained_state(root: nn.Module) -> dict[str, Tensor]:
@@ -141,13 +141,9 @@ def _only_trained(file: Path, trained: Mapping[str, Tensor]) -> bool:
         return False
     try:
         with safe_open(file, framework="pt") as opened:
-            return all(key in trained or _is_adapter(key) for key in opened.keys())  # noqa: SIM118 (not a dict)
+            return all(key in trained or is_adapter_key(key) for key in opened.keys())  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError):
         return False
-
-
-def _is_adapter(key: str) -> bool:
-    return not {ADAPTERS, SHARED}.isdisjoint(key.split("."))
 
 
 def _is_transformers(module: nn.Module) -> bool:

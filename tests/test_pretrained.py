@@ -219,6 +219,32 @@ def test_trainer_saves_resumes_and_loads(llama, ids, tmp_path, method):
     assert all(torch.equal(t, llama.state_dict()[n]) for n, t in base.items())
 
 
+@pytest.mark.parametrize("other", [(fg.Spec(fg.LoRA(2), ["k_proj"]), "default"), (SPEC, "b")], ids=["sites", "name"])
+def test_resuming_with_another_adapter_is_refused(llama, tmp_path, other):
+    """The Trainer itself would log the keys and train from the start."""
+    trainer(fg.rewrite(llama, SPEC), tmp_path, max_steps=2).train()
+    with pytest.raises(fg.AdapterError, match=r"8 tensor\(s\) of adapters that the LlamaForCausalLM does not have"):
+        trainer(fg.rewrite(llama, *other), tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_what_is_checked_when_a_state_is_loaded(llama, ids, tmp_path):
+    adapted = perturb(fg.rewrite(llama, SPEC))
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(fg.rewrite(fg.rewrite(llama, SPEC), SPEC, "b"))))
+    twin.load_state_dict(adapted.state_dict(), strict=False)  # fewer adapters than the model has
+    twin.load_state_dict(llama.state_dict(), strict=False)  # none
+    with pytest.raises(fg.AdapterError, match="has 8 tensor"):
+        fg.load_adapter(llama, _saved(adapted, tmp_path), "c").load_state_dict(adapted.state_dict(), strict=False)
+    fg.remove(adapted, "default")
+    assert not adapted._load_state_dict_pre_hooks and not llama._load_state_dict_pre_hooks
+    adapted.load_state_dict(twin.state_dict(), strict=False)  # a plain model's own affair
+    assert not fg.merge(twin)._load_state_dict_pre_hooks
+
+
+def _saved(adapted, folder):
+    adapted.save_pretrained(folder)
+    return folder
+
+
 class GetsWorse(TrainerCallback):
     """The first evaluation is the best one."""
 
