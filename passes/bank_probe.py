@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..rewriter.api import base_of, graft_adapter
+from ..rewriter.errors import AdapterError
 from ..rewriter.graft import Emitter
 from ..rewriter.method import Declaration, Room
 from ..rewriter.percall import current, given
@@ -124,9 +125,18 @@ class Inputs:
                     other = self._other(index, generator)
                     leaf = torch.where(samples.view(shape).to(leaf.device), other.to(leaf.device), leaf)
             elif not isinstance(leaf, (bool, int, float, str, type(None))):
-                leaf = copy.deepcopy(leaf)
+                leaf = self._copy(index)
             leaves.append(leaf)
         return pytree.tree_unflatten(leaves, self._tree)
+
+    def _copy(self, index: int) -> Any:
+        try:
+            return copy.deepcopy(self._leaves[index])
+        except Exception as error:
+            raise AdapterError(
+                f"the argument {self._names[index]} cannot be copied ({type(error).__name__}: {error}), so it cannot "
+                "be tried out which rows of a layer are which sample's: give fg.bank example_inputs without it"
+            ) from error
 
     def _other(self, index: int, generator: torch.Generator) -> Tensor:
         """Other content, valid where the given one is: for whole numbers others up to the largest there is."""

@@ -131,7 +131,7 @@ class BankRecord:
             with remembered({ADAPTER_IDS: None}) if torch.is_grad_enabled() else _NOTHING:
                 yield {}
             return
-        if ids.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph is replayed with other values
+        if _has_no_values(ids):
             yield {ADAPTER_IDS: ids}
             return
         slots, leases = self._slots(ids), getattr(ids, _LEASES, {})
@@ -234,6 +234,13 @@ class BankRecord:
                 if (layout := self._layouts.get(tensors.site.name)) is not None:  # type: ignore[union-attr]
                     tensors.rows = rows_of(layout)
             self._proved.add(kind)
+
+
+def _has_no_values(ids: Tensor) -> bool:
+    """Whether this call only records what to do: a fake tensor, or a CUDA graph that is replayed with other values."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
+    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _kind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -223,6 +223,32 @@ def test_a_bank_inside_a_graph_of_someone_elses(mlp):
             run(x, torch.tensor([1, 0, -1]))
 
 
+def test_calls_that_only_record(mlp):
+    """Under fake tensors there are no values of ids to look at."""
+    from torch._subclasses import FakeTensorMode
+
+    banked = fg.bank(mlp, {"a": adapted(mlp, fg.LoRA(rank=2))}, example_inputs=(torch.randn(3, 7),))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        ids = mode.from_tensor(torch.tensor([0, 1, 0]))
+        assert banked(mode.from_tensor(torch.randn(3, 7)), adapter_ids=ids).shape == (3, 3)
+
+
+def test_wrapped_layers():
+    """Layers that are compiled or wrapped after the bank was made, each on its own."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).eval()
+    own = [adapted(model, fg.LoRA(rank=2), ("0", "2")) for _ in range(2)]
+    x = torch.randn(3, 8)
+    for wrap in (torch.compile, checkpoint_wrapper):
+        banked = fg.bank(model, {"a": own[0], "b": own[1]})
+        banked[0], banked[2] = wrap(banked[0]), wrap(banked[2])
+        torch.testing.assert_close(answers(banked, x, "b", None, "a"), each([own[1], model, own[0]], x))
+        fg.add_tenant(banked, "b", own[0])
+        torch.testing.assert_close(answers(banked, x, "b", None, "a"), each([own[0], model, own[0]], x))
+
+
 # -- tenants that come and go while others are served ------------------------------------------------------------
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_call_gets_one_version_of_its_tenant(compiled):
