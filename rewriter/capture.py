@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, listing
 from .observe import Observation, Read, is_bookkeeping, protected
@@ -79,8 +80,11 @@ _FACTORIES = {torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, to
               torch.scalar_tensor, torch.tril_indices, torch.triu_indices}  # fmt: skip
 
 
+_FACTS = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "element_size"}
+
+
 class _Factories(TorchFunctionMode):
-    """A tensor that a forward makes is made at every call, and nothing is drawn while tracing."""
+    """A tensor that a forward makes is made at every call; nothing is drawn, and no tensor computed, while tracing."""
 
     def __init__(self, tracer: fx.Tracer) -> None:
         super().__init__()
@@ -89,6 +93,10 @@ class _Factories(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _FACTORIES:
             return self._tracer.create_proxy("call_function", func, args, kwargs or {})
+        given = pytree.tree_leaves((args, kwargs))
+        real = any(isinstance(value, Tensor) for value in given) and not any(isinstance(v, fx.Proxy) for v in given)
+        if real and getattr(func, "__name__", "") not in _FACTS:
+            raise CaptureError(f"it calls {func.__name__} of a tensor it does not reach as an attribute of a module")
         return func(*args, **(kwargs or {}))
 
 

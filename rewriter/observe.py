@@ -8,11 +8,13 @@ forward that writes is refused.
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from .errors import CaptureError
@@ -85,20 +87,28 @@ class Read:
 
 
 def protected(module: nn.Module) -> nn.Module:
-    """A copy of a module with everything in it but its tensors, and without hooks: its own forward is what counts."""
+    """A copy of a module, without hooks: its own forward is what counts. Its tensors are on the meta device, so that
+    what a forward does to them behind torch.fx's back is done to nothing."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in part.__dict__.items():
             if isinstance(value, Tensor):
-                memo[id(value)] = value
+                memo[id(value)] = _stand_in(value)
             elif "_hooks" in name and isinstance(value, dict):
                 memo[id(value)] = type(value)()
         for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None:
-                memo[id(tensor)] = tensor
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = _stand_in(tensor)
         if isinstance(part, Container):
             memo[id(part)] = part
     return copy.deepcopy(module, memo)
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
+        return tensor
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 class Observation:
@@ -112,9 +122,11 @@ class Observation:
         self._values: list[tuple[Read, Any]] = []
         self._substitutes: dict[tuple[str, ...], Any] = {}
         self._classes: list[type] = []
+        self._held: list[tuple[str, nn.Module, dict[str, Any]]] = []
         for path, child in list(twin.named_modules()):
             if not isinstance(child, Container) and not self._note_at(child, tuple(path.split(".")) if path else ()):
                 raise CaptureError(f"{type(child).__name__} is of a class that cannot be derived from")
+            self._held.append((path, child, dict(child.__dict__)))
 
     def _note_at(self, target: Any, path: tuple[str, ...]) -> bool:
         """Give an object of the copy a class that notes what is read and written; False where Python cannot."""
@@ -141,10 +153,19 @@ class Observation:
             notes.writes.append(".".join(("self", *path, name)))
             cls.__delattr__(self, name)
 
+        def of_class(noting: Any, name: str) -> Any:
+            value = type.__getattribute__(noting, name)
+            if name[:2] != "__" and not (isinstance(target, nn.Module) and is_bookkeeping(name)):
+                raw = next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
+                if raw is not None and not hasattr(type(raw), "__get__") and (*path, name) not in notes.reads:
+                    notes._add((*path, name), value, False)
+            return value
+
         members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__getattribute__": __getattribute__,
                    "__getattr__": __getattr__, "__setattr__": __setattr__, "__delattr__": __delattr__}  # fmt: skip
         try:
-            noting = types.new_class(cls.__name__, (cls,), exec_body=lambda space: space.update(members))
+            kind = type(type(cls).__name__, (type(cls),), {"__getattribute__": of_class})
+            noting = kind(cls.__name__, (cls,), members)
             object.__setattr__(target, "__class__", noting)
         except TypeError:
             return False
@@ -200,7 +221,12 @@ class Observation:
             added = set(vars(cls)) - {"__doc__", "__dict__", "__weakref__", "__slots__", "__static_attributes__",
                                       "__firstlineno__", "__annotations__", "__annotations_cache__"}  # fmt: skip
             filled += [f"{cls.__name__}.{n}" for n in added if not n.startswith("__")]
-        return [*dict.fromkeys(self.writes), *filled]
+        for path, module, before in self._held:
+            now = module.__dict__
+            names = [n for n in {**before, **now} if before.get(n, _MISSING) is not now.get(n, _MISSING)]
+            cached = [n for n in names if isinstance(getattr(type(module), n, None), functools.cached_property)]
+            filled += [".".join(("self", *filter(None, [path]), n)) for n in names if n not in cached]
+        return list(dict.fromkeys([*self.writes, *filled]))
 
 
 def _differs(read: Read, value: Any) -> bool:

@@ -90,6 +90,7 @@ def set_(self, name, value):
 CHANGES = {
     "a counter": and_then(lambda m, x: set_(m, "calls", m.calls + 1)),
     "the last input": and_then(lambda m, x: set_(m, "last", x)),
+    "its dictionary": and_then(lambda m, x: m.__dict__.update(scale=3.0)),
     "a buffer anew": and_then(lambda m, x: set_(m, "n", m.n + 1)),
     "a deleted attribute": and_then(lambda m, x: delattr(m, "log")),
     "a list": and_then(lambda m, x: m.log.append(1)),
@@ -125,7 +126,7 @@ REFUSED = {
     "inference_mode": (torch.inference_mode()(lambda m, x: m.product(x)), "inference_mode"),
     "autocast": (torch.autocast("cpu", enabled=False)(lambda m, x: m.product(x)), "autocast"),
     "a module outside": (lambda m, x: OUTSIDE(m.product(x)), "from outside of itself|not installed"),
-    "a weight outside": (lambda m, x: m.product(x) + OUTSIDE.weight.sum(), "OUTSIDE"),
+    "a weight outside": (lambda m, x: m.product(x) + OUTSIDE.weight.sum(), "does not reach"),
     "the mode": (lambda m, x: m.product(x) * 2 if m.training else m.product(x), "in training"),
     "the input": (lambda m, x: m.product(x) if x.sum() > 0 else x, "control flow"),
 }
@@ -214,6 +215,7 @@ READS = {
     "an attribute by getattr": (lambda m, x: m.product(x) * getattr(m, "scale", 1), setter("scale")),
     "an attribute not there": (lambda m, x: m.product(x) * getattr(m, "later", 2.0), setter("later")),
     "an attribute of the class": (lambda m, x: m.product(x) * m.factor, lambda m, v: setattr(m[0].base, "factor", v)),
+    "type(self)": (lambda m, x: m.product(x) * type(m).factor, lambda m, v: setattr(m[0].base, "factor", v)),
     "an object": (lambda m, x: m.product(x) * m.config.scale, setter("config", "scale")),
     "an object's object": (lambda m, x: m.product(x) * m.config.inner.scale, setter("config", "inner", "scale")),
     "an object put anew": (
@@ -351,6 +353,24 @@ def test_what_a_forward_makes_is_made_at_every_call():
     torch.manual_seed(1)
     torch.testing.assert_close(merged(x), first)
     del state
+
+
+@pytest.mark.parametrize(
+    "effect",
+    [
+        lambda m, x: m._buffers["n"].add_(1),
+        lambda m, x: m._parameters["w"].data.mul_(2),
+        lambda m, x: OUTSIDE.weight.data.mul_(2),
+        lambda m, x: dict(m.named_buffers())["n"].add_(1),
+    ],
+)
+def test_tensors_reached_another_way_are_not_touched_while_tracing(effect):
+    model = nn.Sequential(owner(and_then(effect)))
+    before, outside = copy.deepcopy(model.state_dict()), OUTSIDE.weight.clone()
+    with pytest.raises(fg.TargetError, match=r"not reach as an attribute|from outside"):
+        fg.rewrite(model, fg.Spec(fg.LoRA(2), ["0.w"]))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert torch.equal(OUTSIDE.weight, outside)
 
 
 def test_hooks_of_an_owner_go_on_working():
