@@ -60,7 +60,9 @@ def on_first(tensors: Iterable[Tensor], write: Callable[[], None]) -> None:
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
     """The modules that FSDP2 manages."""
-    return [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "set_requires_gradient_sync")]
+    kinds = {type(m) for m in model.modules()}  # asked of the class: a module's own lookup is slow where nothing is
+    managed = {k for k in kinds if hasattr(k, "unshard") and hasattr(k, "set_requires_gradient_sync")}
+    return [m for m in model.modules() if type(m) in managed] if managed else []
 
 
 def reshard(model: nn.Module) -> None:
