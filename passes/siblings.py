@@ -116,15 +116,17 @@ class Siblings(Pass):
 
 
 def late(values: Iterable[Any], at: fx.Node) -> NoMatch | None:
-    """A value that is made behind a node and is no constant, so that it cannot be read there."""
+    """A value that is made behind a node and is neither a constant nor an item of what is made before it."""
     for node in values:
-        if isinstance(node, fx.Node) and at < node and node.op != "get_attr":
+        if not isinstance(node, fx.Node) or node < at or node.op == "get_attr":
+            continue
+        if node.target is not operator.getitem or any(at < made for made in node.all_input_nodes):
             return NoMatch(f"{node.name} is made behind {at.name}", at.name)
     return None
 
 
 def bring(at: fx.Node, values: Iterable[Any]) -> None:
-    """Put the constants among these values that are read further down in front of a node."""
+    """Put those of these values that are read further down, and are not `late`, in front of a node."""
     for node in dict.fromkeys(v for v in values if isinstance(v, fx.Node) and at < v):
         at.prepend(node)
 

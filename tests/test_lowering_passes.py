@@ -169,6 +169,12 @@ def test_siblings_print():
     assert all(n.meta["fxgraft"].made_by == "Siblings" for n in ups)
 
 
+def test_siblings_behind_shared_factors():
+    """What `Share` hands to a node stands right in front of it: it is brought forward with the product."""
+    program, _ = run_all(captured(adapted(METHODS["unilora"])), (Share(), Siblings(always=True)))
+    assert printed(program).count(" = go_down(") == 1 and printed(program).count("_gathered_a(") == 3
+
+
 def test_siblings_say_why_not():
     (reason,) = Siblings()(captured(adapted(fg.LoRA(rank=6), inner=768), rows=2)).no_matches
     assert re.search(r"3 products stay apart: 2 rows; saves \d+ us and costs \d+", reason.reason)
