@@ -403,10 +403,10 @@ def test_what_a_product_of_the_parent_cannot_be(tmp_path):
 GLORA_BIAS = fg.GLoRA(rank=2, path=fg.GLoRAPath("lora", "vector", "none", "none", "vector"))
 
 
-@pytest.mark.parametrize("mode", ["merged", "swappable"])
-def test_onnx_of_a_product_of_the_parent(mode, tmp_path):
+def test_onnx_of_a_product_of_the_parent(tmp_path):
     adapted = perturb(fg.rewrite(Product("never").eval(), fg.Spec(LORA, ["q", "out"])))
-    fg.export_onnx(adapted, tmp_path / "model.onnx", (torch.randn(3, 4),), adapters=mode)  # compares with torch itself
+    example = (torch.randn(3, 4),)
+    fg.export_onnx(adapted, tmp_path / "model.onnx", example, adapters="swappable")  # compares with torch itself
 
 
 def test_a_product_of_the_grandparent():
