@@ -102,6 +102,7 @@ class _Factories(TorchFunctionMode):
 
 _traces: dict[tuple[Any, ...], list[Trace]] = {}
 _MAX_TRACES = 1024
+_MAX_VALUES = 64  # traces of one structure that differ in what was read
 _lock = threading.RLock()
 
 
@@ -139,7 +140,7 @@ def trace(module: nn.Module) -> Trace:
         if structure not in _traces and len(_traces) >= _MAX_TRACES:
             _traces.pop(next(iter(_traces)))
         _traces.setdefault(structure, []).append(result)
-        del _traces[structure][:-_MAX_TRACES]
+        del _traces[structure][:-_MAX_VALUES]
         return result
 
 

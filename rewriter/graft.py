@@ -360,6 +360,7 @@ def _class_for(
         forward = _compile(graph, base, traced.reads)
         reads = frozenset(read.path[0] for read in traced.reads if read.root is None)
         known = _class(key, base, {"forward": forward, "fxgraft_graph": graph, "fxgraft_reads": reads})
+        weakref.finalize(known, linecache.cache.pop, forward.__code__.co_filename, None)
     return known
 
 

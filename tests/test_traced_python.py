@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import datetime
 import functools
+import gc
 import itertools
+import linecache
 import random
 import time
 import types
@@ -19,6 +21,7 @@ from conftest import perturb
 from torch import nn
 
 import fxgraft as fg
+from fxgraft.rewriter import capture
 
 SCALE = 2.0
 TABLE = {"scale": 2.0, "unused": [1]}
@@ -405,3 +408,15 @@ def test_compiled_once_and_again_when_a_read_value_changes():
     compiled(x)
     adapted[0].config.scale = 7.0
     torch.testing.assert_close(compiled(x), fg.merge(adapted)(x))
+
+
+def test_a_value_that_changes_at_every_step_leaves_nothing_behind():
+    layer, x = owner(lambda m, x: m.product(x) * m.scale), torch.randn(3, 4)
+    adapted = fg.rewrite(nn.Sequential(layer), fg.Spec(fg.LoRA(2), ["0.w"]))
+    for step in range(100):
+        adapted[0].scale = float(step + 3)
+    gc.collect()
+    kept = [file for file in linecache.cache if file.startswith("<fxgraft GraftedOwned")]
+    known = [t for t in capture._traces.values() if t[0].signature[0][0] is type(layer)]
+    assert len(kept) < 60 and len(known[0]) <= 64
+    torch.testing.assert_close(adapted(x), fg.merge(adapted)(x))
