@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import time
@@ -20,23 +19,21 @@ from ..rewriter.errors import listing
 from ..rewriter.method import ADAPTER_IDS
 from ..rewriter.signature import (
     Axes,
-    Example,
-    arguments,
     automatic_axes,
     bind,
     check_sizes,
     given_axes,
-    named_tensors,
     symbols,
 )
-from ..rewriter.skeleton import bare, copy_skeleton
-from ..rewriter.state import Container, find_state
+from ..rewriter.skeleton import bare
+from ..rewriter.state import find_state
 from . import graph, manifest
 from .call import TURN, FlatCall
 from .checks import rule_of
 from .decoder import cached, cached_example
 from .errors import ExportError
 from .plans import make_plan
+from .prepare import runnable, working_copy
 from .record import checked, record_of
 from .seal import seal
 from .translations import translations
@@ -224,7 +221,7 @@ def export_onnx(
         with staged(path, ".onnx") as folder, torch.no_grad():
             target = Path(path)
             plan = make_plan(model, adapters, name, expanded, capacity, rank)
-            example = _runs(plan.truth, example)
+            example = runnable(plan.truth, example)
             rule = rule_of(plan, tolerance)
             traced, its_axes, its_dims = plan.extend(example, axes, dims)
             call = FlatCall(plan.module, traced)
@@ -297,74 +294,6 @@ def export_onnx(
         renamed=renamed,
         **described,
     )
-
-
-def working_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy in eval mode to trace and run: over the same weights, with buffers of its own, which a forward may write.
-
-    Whoever uses the model meanwhile sees no other mode, and no parameter in the middle of a tracing.
-    """
-    twin = copy_skeleton(model)
-    own: dict[int, torch.Tensor] = {}
-    for module in twin.modules():
-        if isinstance(module, Container):
-            continue
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.nbytes <= _WRITTEN and type(buffer) is torch.Tensor:
-                module._buffers[key] = own.setdefault(id(buffer), buffer.detach().clone())
-    for module in twin.modules():  # exported graphs refuse .eval()
-        module.training = False
-    return twin
-
-
-# Larger buffers are quantised weights, which no forward writes.
-_WRITTEN = 1 << 26
-
-
-def _runs(module: torch.nn.Module, example: Example) -> Example:
-    """The example, after running the model on it; with `use_cache=False` where the model gives a cache unasked.
-
-    Raises `ExportError` where the model does not run, or keeps something from one run to the next.
-    """
-    before = _versions(module)
-    output = _run(module, example)
-    if _versions(module) != before:  # once is a table that is made when it is first needed
-        before = _versions(module)
-        output = _run(module, example)
-        if written := [name for name, version in _versions(module).items() if before.get(name) != version]:
-            raise ExportError(
-                f"the forward writes {listing(written)} at every run: a graph keeps nothing from one run to the next. "
-                "Make it leave them alone in eval mode, or take and give them as inputs and outputs"
-            )
-    try:
-        named_tensors(output, dropped={})
-    except ExportError:
-        if "use_cache" in example.constants:
-            raise
-        without = dataclasses.replace(example, constants={**example.constants, "use_cache": False})
-        if not _gives_tensors(module, without):
-            raise
-        return without
-    return example
-
-
-def _gives_tensors(module: torch.nn.Module, example: Example) -> bool:
-    try:
-        return bool(named_tensors(_run(module, example), dropped={}))
-    except ExportError:
-        return False
-
-
-def _versions(module: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """What changes of every tensor of a model when it is written, or another one takes its place."""
-    return {name: (id(value), value._version) for name, value in [*module.named_buffers(), *module.named_parameters()]}
-
-
-def _run(module: torch.nn.Module, example: Example) -> Any:
-    try:
-        return module(**arguments(example.kwargs, example.nested))
-    except Exception as error:  # whatever the model raises on unfit inputs is the caller's to read
-        raise ExportError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
 
 
 def _capture(call: FlatCall, dims: dict[str, Any]) -> torch.export.ExportedProgram:

@@ -22,9 +22,9 @@ from . import manifest
 from .checks import axes_of, differs, drawn, hold_against_torch, probe, random_adapter, rule_of
 from .decoder import cached
 from .errors import SessionError, VerifyError, path_of
-from .onnx import working_copy
 from .parity import quiet_session, run
 from .plans import make_plan
+from .prepare import working_copy
 from .seal import RECORD, check_seal
 
 

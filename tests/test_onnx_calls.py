@@ -37,6 +37,9 @@ class Talks(nn.Module):
         if self.kind == "writes":
             self.steps.add_(1)
             return self.l(x) + self.steps
+        if self.kind == "makes":  # anew at every run, and never another one
+            self.steps = torch.full((1,), 2.0)
+            return self.l(x) * self.steps
         if self.kind == "in place":
             return self.l(x.add_(1))
         y = self.l(x if self.kind != "dict in" else x["ids"] * x["scale"])
@@ -114,6 +117,8 @@ def test_what_a_forward_writes(tmp_path):
     with pytest.raises(fg.ExportError, match="writes 'steps' at every run: a graph keeps nothing"):
         fg.export_onnx(adapted, tmp_path / "m.onnx", (X,))
     assert adapted.steps == 0 and not list(tmp_path.iterdir())
+    adapted, _, session = exported("makes", (X,), tmp_path)
+    assert models.difference(session.run({"x": X}, adapter="a")["output"], adapted(X)) < models.TOLERANCE
     adapted, _, session = exported("in place", (X,), tmp_path)
     assert torch.equal(X, before)
     assert models.difference(session.run({"x": X}, adapter="a")["output"], adapted(X.clone())) < models.TOLERANCE
