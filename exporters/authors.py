@@ -2,7 +2,7 @@
 
 Each is known by keys that no other format has. The first four are forks of PEFT and carry its prefix and its config,
 GLoRA's and Uni-LoRA's first code write the model's own names. `reader_of` tells them apart, a reader translates or
-raises. Uni-LoRA's two are in `authors_unilora.py`.
+raises. GLoRA's reader is in `authors_glora.py`, Uni-LoRA's two are in `authors_unilora.py`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.methods.glora import GLoRA
-from ..passes.methods.glora_path import CHOICES, GLoRAPath
 from ..passes.methods.hydralora import HydraLoRA
 from ..passes.methods.lora import LoRA
 from ..passes.methods.lora_xs import LoRAXS
 from ..passes.methods.prolora import PRoLoRA, expand
-from ..rewriter.errors import CheckpointError, listing
+from ..rewriter.errors import CheckpointError
 from ..rewriter.state import base_modules
+from .authors_glora import read_glora
 from .authors_unilora import UNILORA_BANK, read_unilora, read_unilora_fork
-from .foreign import Foreign, all_there, by_site, in_model_order, none_left, only_keys, value
+from .foreign import Foreign, all_there, by_site, in_model_order, value
 from .peft_load import LORA_FIELDS, check_layers, lora_at
 from .peft_names import check_config, is_conv1d, is_linear, trained_tensors
 
@@ -198,84 +197,3 @@ def _expanded(
     if method.unshared:
         A, B = torch.cat([A, given["A_unshared"].to(A.dtype)]), torch.cat([B, given["B_unshared"].to(B.dtype)], 1)
     return {"A": A, "B": B}
-
-
-# -- the model's own names ----------------------------------------------------------------------------------------
-def read_glora(config: Config, tensors: Tensors, model: nn.Module, what: str) -> Foreign:
-    """`<site>.Ad, .Au, .Bd, .Bu, .Cd, .Cu, .D, .E` of the supernet, and the path of each site in the config.
-
-    A path takes its part of the supernet's tensors: the first column for `vector`, the first entry for `constant`, the
-    first k ranks for `LoRA_k`. Entries that no path reads are not loaded.
-    """
-    only_keys(config, {"method", "rank", "paths"}, what)
-    rank, paths = value(config, "rank", int, what), value(config, "paths", dict, what)
-    sites, rest = by_site(tensors, r"(?P<site>.+)\.(?P<name>[ABC][du]|D|E)")
-    none_left(rest, what)
-    if without := [site for site in paths if site not in sites]:
-        raise CheckpointError(f"{what} lacks the tensors of {len(without)} site(s) with a path: {listing(without)}")
-    if without := [site for site in sites if site not in paths]:
-        raise CheckpointError(f"{what}: the config has no path for {len(without)} site(s): {listing(without)}")
-    modules = dict(base_modules(model))
-    methods, values = {}, {}
-    for site in in_model_order(sites, model):
-        path, ranks = _glora_path(paths[site], rank, f"{what}: path of {site!r}")
-        _check_ranks(ranks, sites[site], f"{what}: {site!r}")
-        most = max(ranks.values(), default=rank)
-        methods[site] = GLoRA(rank=most, path=path)
-        biased = getattr(modules.get(site), "bias", None) is not None
-        for name, (tensor, choice) in _needed(path, biased).items():
-            if name not in sites[site]:
-                raise CheckpointError(f"{what} lacks 1 tensor(s): {f'{site}.{name}'!r}, which its path needs")
-            values[f"{site}.{name}"] = _part(sites[site][name], name, choice, ranks.get(tensor, 1), most)
-    return Foreign(methods, values)
-
-
-def _glora_path(given: Any, rank: int, what: str) -> tuple[GLoRAPath, dict[str, int]]:
-    """The path, and the rank of each tensor that is low-rank: the authors write `LoRA_4`."""
-    if not isinstance(given, dict) or set(given) != set(CHOICES):
-        raise CheckpointError(f"{what}: {given!r} does not say what each of {list(CHOICES)} is")
-    ranks, choices = {}, {}
-    for tensor, choice in given.items():
-        low = re.fullmatch(r"LoRA_(\d+)", choice) if isinstance(choice, str) else None
-        if low and "lora" in CHOICES[tensor]:
-            if not 1 <= int(low[1]) <= rank:
-                raise CheckpointError(f"{what}: {tensor}={choice!r}, and the supernet has rank {rank}")
-            ranks[tensor], choice = int(low[1]), "lora"
-        elif choice == "lora" or choice not in CHOICES[tensor]:
-            allowed = ["LoRA_k" if c == "lora" else c for c in CHOICES[tensor]]
-            raise CheckpointError(f"{what}: {tensor}={choice!r}, allowed are {allowed}")
-        choices[tensor] = choice
-    return GLoRAPath(**choices), ranks
-
-
-def _check_ranks(ranks: Mapping[str, int], given: Tensors, what: str) -> None:
-    """Raise where a path reads more ranks than the supernet's tensors have."""
-    for tensor, rank in ranks.items():
-        for name, axis in ((f"{tensor}d", 1), (f"{tensor}u", 0)):
-            if name in given and given[name].dim() == 2 and given[name].shape[axis] < rank:
-                raise CheckpointError(f"{what}: LoRA_{rank} of {name}, which is {tuple(given[name].shape)}")
-
-
-def _needed(path: GLoRAPath, biased: bool) -> dict[str, tuple[str, str]]:
-    """Tensor name -> (support tensor, choice) for what a path reads."""
-    names: dict[str, tuple[str, str]] = {}
-    for tensor in CHOICES:
-        choice = getattr(path, tensor)
-        stored = (tensor,) if tensor in "DE" else (f"{tensor}d", f"{tensor}u") if choice == "lora" else (f"{tensor}d",)
-        if choice != "none" and (tensor != "D" or biased):
-            names |= dict.fromkeys(stored, (tensor, choice))
-    return names
-
-
-def _part(tensor: Tensor, name: str, choice: str, rank: int, most: int) -> Tensor:
-    """What a choice reads of a supernet tensor, ranks above its own filled up with zeros."""
-    if name in ("D", "E"):
-        return tensor if choice == "vector" else tensor[:1]
-    if tensor.dim() != 2:
-        return tensor  # its shape is refused when it meets the model
-    if choice != "lora":
-        return tensor[:, :1] if choice == "vector" else tensor[:1, :1]
-    pad = most - rank
-    if name.endswith("d"):
-        return torch.cat([tensor[:, :rank], tensor.new_zeros(tensor.shape[0], pad)], 1)
-    return torch.cat([tensor[:rank], tensor.new_zeros(pad, tensor.shape[1])])
