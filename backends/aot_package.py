@@ -16,6 +16,7 @@ from ..rewriter.api import state_from
 from ..rewriter.errors import AdapterError, PackageError, listing, near_misses
 from .aot_manifest import State, check_machine, read
 
+_TRIES = 5  # of a load that finds its file replaced
 _FOLDER_READERS: list[Callable[[str | os.PathLike[str]], AdapterState]] = []
 
 
@@ -243,9 +244,23 @@ def load_package(path: str | os.PathLike[str]) -> Package:
     Raises:
         PackageError: the file is missing, damaged, no package of fxgraft, or made for another torch or machine.
     """
-    manifest, states = read(path)
-    check_machine(manifest, Path(path))
-    return Package(Path(path), manifest, states)
+    for _ in range(_TRIES):
+        before = _identity(path)
+        manifest, states = read(path)
+        check_machine(manifest, Path(path))
+        package = Package(Path(path), manifest, states)
+        if _identity(path) == before:  # torch opened the file that was checked
+            return package
+    raise PackageError(f"{str(path)!r} is being replaced all the time")
+
+
+def _identity(path: Any) -> tuple[int, ...] | None:
+    """Which file a path leads to now."""
+    try:
+        about = os.stat(path)
+    except (OSError, TypeError, ValueError):
+        return None  # reading it says what is wrong
+    return about.st_dev, about.st_ino, about.st_mtime_ns, about.st_size
 
 
 def _flat(tensor: Tensor) -> Tensor:

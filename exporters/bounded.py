@@ -58,12 +58,12 @@ def check_regular(path: Path) -> None:
         raise CheckpointError(f"{str(path)!r} is not a regular file")
 
 
-def same_file(path: Path, identity: Identity) -> bool:
-    """Whether the path still leads to the file that was read."""
+def identity_of(path: Path) -> Identity | None:
+    """Which file a path leads to now, None where it leads to none."""
     try:
-        return _identity(path.stat()) == identity
+        return _identity(path.stat())
     except OSError:
-        return False
+        return None
 
 
 def _identity(about: os.stat_result) -> Identity:

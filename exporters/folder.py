@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..backends.staging import locked, move, workspace
 from ..rewriter.errors import CheckpointError, listing
-from .bounded import Identity, as_path, parse_json, read_small, same_file
+from .bounded import Identity, as_path, identity_of, parse_json, read_small
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: entries of the metadata: the config's text, the hash of the config it replaces (empty: none), that of the tensors
@@ -139,20 +139,36 @@ def read_folder(directory: str | os.PathLike[str]) -> Stored:
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_PAUSE)
-        text, before = read_config_bytes(folder)
-        tensors, metadata, weights = _read_weights(folder / WEIGHTS)
-        if not same_file(folder / CONFIG, before):
-            continue  # somebody is writing: the tensors may be of another adapter
-        ours = metadata.get(OURS)
-        if ours is not None and hashlib.sha256(text).hexdigest() == metadata.get(BEFORE) != _digest(ours):
-            text = ours.encode()  # the writer has not come to the config yet, and may never
-        if ours is not None and content(tensors) != metadata.get(CONTENT):
-            raise CheckpointError(
-                f"{str(folder / WEIGHTS)!r} is damaged or was changed: its tensors are not those it was saved with. "
-                f"Where the change is meant, safetensors.torch.save_file(tensors, ...) writes them without that record"
-            )
-        return Stored(parse_json(text, folder / CONFIG), tensors, metadata, weights)
+        text, config = read_config_bytes(folder)
+        weights = identity_of(folder / WEIGHTS)
+        try:
+            found = _read(folder, text)
+        except CheckpointError:
+            if _unchanged(folder, config, weights):
+                raise
+            continue
+        if _unchanged(folder, config, weights):
+            return found
+        # somebody is writing: what was read may be of two adapters, even inside one file, which is opened twice
     raise CheckpointError(f"{str(folder)!r} is being written all the time; no adapter in it could be read")
+
+
+def _read(folder: Path, text: bytes) -> Stored:
+    """The folder with this text as its config on disk."""
+    tensors, metadata, weights = _read_weights(folder / WEIGHTS)
+    ours = metadata.get(OURS)
+    if ours is not None and hashlib.sha256(text).hexdigest() == metadata.get(BEFORE) != _digest(ours):
+        text = ours.encode()  # the writer has not come to the config yet, and may never
+    if ours is not None and content(tensors) != metadata.get(CONTENT):
+        raise CheckpointError(
+            f"{str(folder / WEIGHTS)!r} is damaged or was changed: its tensors are not those it was saved with. "
+            f"Where the change is meant, safetensors.torch.save_file(tensors, ...) writes them without that record"
+        )
+    return Stored(parse_json(text, folder / CONFIG), tensors, metadata, weights)
+
+
+def _unchanged(folder: Path, config: Identity, weights: Identity | None) -> bool:
+    return identity_of(folder / CONFIG) == config and identity_of(folder / WEIGHTS) == weights
 
 
 def _digest(text: str) -> str:

@@ -188,6 +188,8 @@ def test_swap_takes_states_models_and_folders_of_the_same_method(package, tmp_pa
     with pytest.raises(fg.CheckpointError, match="not in fxgraft's own format"):
         loaded.swap(tmp_path / "peft")
     with pytest.raises(fg.CheckpointError, match="not an adapter folder"):
+        loaded.swap(tmp_path / "nothing")
+    with pytest.raises(fg.CheckpointError, match="holds 3 adapters"):
         loaded.swap(tmp_path)
     assert torch.equal(loaded(x), before)
     for state in (fg.adapter_state(other), other, tmp_path / "a", str(tmp_path / "a"), dict(fg.adapter_state(other))):

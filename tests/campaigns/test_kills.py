@@ -130,3 +130,30 @@ def test_kills_over_every_writer(tmp_path, writer):
     counts = kills(tmp_path, writer, int(40 * SCALE), seed=1)
     print(f"\n{writer}: {counts}")
     assert counts["cut short"] > 0, "no writer was killed at work"
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("writer", ["native", "native with a head", "peft"])
+def test_readers_beside_a_writer(tmp_path, writer):
+    """Another process writes all the time; every read is one of its adapters, and none is an error."""
+    ready, path = [numbered(step, writer) for step in range(STEPS)], tmp_path / "a"
+    expected = []
+    for adapted in ready:
+        write(adapted, path, writer)
+        expected.append(read(path, writer))
+    child = os.fork()
+    if child == 0:
+        for step in itertools.count():
+            write(ready[step % STEPS], path, writer)
+    seen = set()
+    try:
+        for _ in range(int(500 * SCALE)):
+            found = read(path, writer)
+            fits = [step for step in range(STEPS) if same(found, expected[step])]
+            assert fits, "files of two adapters"
+            seen.update(fits)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    print(f"\n{writer}: {len(seen)} adapters seen in {int(500 * SCALE)} reads")
+    assert len(seen) > 1
