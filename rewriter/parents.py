@@ -39,11 +39,12 @@ _LOOKS = frozenset((
 _PLAIN = (ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return)
 
 
+@functools.lru_cache(maxsize=2048)
 def reads(cls: type[nn.Module], attribute: str) -> frozenset[str]:
     """Dotted names, from the parent on, of the children's tensors that a parent takes instead of calling the child."""
     if not any(_mentions(function.__code__, attribute) for function in _methods(cls)):
         return frozenset()  # reading and parsing source takes milliseconds
-    return _certain(cls) | _never_called(cls)  # type: ignore[arg-type]
+    return _certain(cls) | _never_called(cls, attribute)  # type: ignore[arg-type]
 
 
 def _mentions(code: types.CodeType, attribute: str) -> bool:
@@ -57,33 +58,43 @@ def _certain(cls: type[nn.Module]) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=2048)
-def _never_called(cls: type[nn.Module]) -> frozenset[str]:
+def _never_called(cls: type[nn.Module], attribute: str) -> frozenset[str]:
     """What methods of the class read of children that none of them calls, or hands to anything that might."""
     reads: set[str] = set()
     used: set[str] = set()
-    for function in _methods(cls):
-        tree = _parsed(function)
-        if tree is None or not tree.args.args:
-            continue
-        me = tree.args.args[0].arg
-        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-        for node in ast.walk(tree):
-            chain = _chain(node, me)
-            if chain is None or len(chain) != 1:
-                continue
-            child, outer = chain[0], parents[node]
-            if isinstance(outer, ast.Attribute) and not _METADATA.isdisjoint((outer.attr,)):
-                continue
-            if isinstance(outer, ast.Attribute) and isinstance(outer.ctx, ast.Load):
-                further = parents[outer]
-                called = isinstance(further, ast.Call) and further.func is outer
-                if called or (isinstance(parents.get(further), ast.Call) and isinstance(further, ast.Attribute)):
-                    (used if called else reads).add(child if called else f"{child}.{outer.attr}")
-                elif not (isinstance(further, ast.Attribute) and further.attr in _METADATA):
-                    reads.add(f"{child}.{outer.attr}")
-            elif not (isinstance(outer, ast.Call) and _called(outer.func) in _LOOKS and node is not outer.func):
-                used.add(child)
+    functions = list(_methods(cls))
+    reading = [function for function in functions if _mentions(function.__code__, attribute)]
+    for function in reading:
+        _note_uses(function, reads, used)
+    children = {read.partition(".")[0] for read in reads} - used
+    for function in functions:
+        if function not in reading and any(_mentions(function.__code__, child) for child in children):
+            _note_uses(function, set(), used)
     return frozenset(read for read in reads if read.partition(".")[0] not in used)
+
+
+def _note_uses(function: Any, reads: set[str], used: set[str]) -> None:
+    """Add to `reads` the children's attributes that a method reads, to `used` the children it does more with."""
+    tree = _parsed(function)
+    if tree is None or not tree.args.args:
+        return
+    me = tree.args.args[0].arg
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        chain = _chain(node, me)
+        if chain is None or len(chain) != 1:
+            continue
+        child, outer = chain[0], parents[node]
+        if isinstance(outer, ast.Attribute) and not _METADATA.isdisjoint((outer.attr,)):
+            continue
+        if isinstance(outer, ast.Attribute) and isinstance(outer.ctx, ast.Load):
+            further = parents[outer]
+            if isinstance(further, ast.Call) and further.func is outer:
+                used.add(child)
+            elif not (isinstance(further, ast.Attribute) and further.attr in _METADATA):
+                reads.add(f"{child}.{outer.attr}")
+        elif not (isinstance(outer, ast.Call) and _called(outer.func) in _LOOKS and node is not outer.func):
+            used.add(child)
 
 
 def _methods(cls: type[nn.Module]) -> Iterator[Any]:
