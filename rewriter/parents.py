@@ -218,7 +218,7 @@ def reader_of(modules: Mapping[str, nn.Module], owner: str, attribute: str) -> s
         parent = modules.get(path)
         if parent is None:
             continue
-        for read in reads(base_class(parent), attribute):
+        for read in reads(base_class(parent), attribute):  # type: ignore[arg-type]
             if read == f"{within}.{attribute}" or read.startswith(f"{within}.{attribute}."):
                 return path
     return None
