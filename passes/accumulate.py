@@ -51,7 +51,14 @@ class _Onto(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, z, across):  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(x, weight, z, across)
+        need_x, need_weight, _, need_z, need_across = ctx.needs_input_grad
+        # only what a gradient reads: the program may write into the rest
+        ctx.save_for_backward(
+            x if need_weight else None,
+            weight if need_x else None,
+            z if need_across else None,
+            across if need_z else None,
+        )
         y = z @ across.t() if bias is None else torch.addmm(bias, z, across.t())
         torch.ops.fxgraft_kernels.onto_(y, x, weight)
         return y
