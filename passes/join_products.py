@@ -103,7 +103,7 @@ class JoinProducts(Pass):
 
     def _join(self, program: Program, nodes: list[fx.Node], found: dict[fx.Node, Any]) -> None:
         module, graph = program.graph_module, program.graph
-        products: list[Product] = [found[node][0] for node in nodes]
+        products: list[Any] = [product(node) for node in nodes]  # as earlier joins left them
         weights: list[Tensor] = [found[node][1].detach() for node in nodes]
         biases = [found[node][2] for node in nodes]
         along = 1 if products[0].transposed else 0

@@ -338,6 +338,23 @@ def test_products_stay_apart_where_their_layout_is_looked_at():
         assert not flat or "in a block of its own" in result.no_matches[0].reason
 
 
+def test_products_of_a_joined_product_are_joined():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(12, 12) for _ in range(4))
+
+        def forward(self, x):
+            a = self.a(x)
+            return self.b(x), self.c(a), self.d(a)
+
+    model, x = Twice().eval(), torch.randn(5, 12)
+    result = JoinProducts(always=True)(fg.capture(model, (x,)))
+    assert result.count == 4
+    for one, other in zip(result.program.graph_module(x), model(x), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_fold_makes_two_factors():
     for name in ("lora", "lora_xs", "unilora", "prolora"):
         program = captured(adapted(METHODS[name]))

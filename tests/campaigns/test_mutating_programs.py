@@ -120,6 +120,6 @@ def test_through_inductor():
         twin, x = copy.deepcopy(model), torch.randn(ROWS, WIDTH)
         with torch.no_grad():
             want, got = result(twin, x, 0), result(fg.compile(model), x, 0)
-        # Inductor draws other random numbers: programs that draw are the other tests'
-        if not any(name in ("random", "drawn") for name, *_ in draw(seed)):
+        # Inductor draws other random numbers and rounds to bfloat16 less often: such programs are the other tests'
+        if not any(name in ("random", "drawn", "autocast") for name, *_ in draw(seed)):
             close(got, want, f"seed {seed}")
