@@ -88,6 +88,11 @@ class _Reads(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """`torch.cond` compiles its branches when it is called: the compiler shall not meet the mode."""
+        return True
+
     def __init__(self, memory: _Memory) -> None:
         super().__init__()
         self._memory = memory

@@ -256,3 +256,20 @@ def test_weights_of_active_adapters(tmp_path):
     fg.set_active(both, {"a": 0.7})
     with pytest.raises(fg.ExportError, match=r"'a' is active with a weight of 0\.7"):
         fg.export_onnx(both, tmp_path / "m.onnx", (X,), adapters="swappable")
+
+
+def test_a_branch_of_the_graph_in_its_first_forward(tmp_path):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.l(x)
+            return torch.cond(y.sum() > 0, lambda y: y + 1, lambda y: y - 1, (y,))
+
+    adapted = models.graft(Branches().eval(), ["l"])
+    fg.export_onnx(adapted, tmp_path / "m.onnx", (X,), dynamic_shapes={})
+    session = fg.OrtSession(tmp_path / "m.onnx")
+    for x in (X, -X):
+        assert models.difference(session.run({"x": x})["output"], adapted(x)) < models.TOLERANCE
