@@ -78,12 +78,16 @@ class Surroundings:
 
     def __enter__(self) -> Surroundings:
         self._random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        self._collected = gc.isenabled()
+        gc.disable()  # what a library runs when garbage is collected is not the forward's doing
         self._before = sys.getprofile()
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(self._before)
+        if self._collected:
+            gc.enable()
         python, numpy, default = self._random
         drawn = random.getstate() != python or not torch.equal(torch.get_rng_state(), default)
         now = np.random.get_state()

@@ -8,12 +8,14 @@ What is read is told by memory: a mode sees the arguments of every operator. It 
 root that completes, and for the first one after `set_active` has brought an adapter that no forward has proved yet;
 afterwards the hooks are gone. A compiled graph is judged by its inputs (`check_graph`) before it runs.
 
-Does not see: weights that are no plain tensors (quantised, sharded), and forwards of a part of the model.
+Does not see: weights that are no plain tensors (quantised, sharded), forwards of a part of the model, and what parts
+of the model do that are compiled on their own.
 """
 
 from __future__ import annotations
 
 import bisect
+import os
 import sys
 import threading
 import warnings
@@ -31,10 +33,12 @@ from .errors import AdapterError, listing
 from .graft import site_tensors
 from .looking import captured
 from .off import nothing
-from .state import ADAPTERS, STATE, ModelState, grafted_modules
+from .state import ADAPTERS, STATE, ModelState, grafted_modules, is_compiled
 
 HOOK = "fxgraft"  # key of the hooks on a root
 _METADATA = ("_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
+#: what every call of compiled code goes through; its module is only imported when something is compiled
+_COMPILED = (os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py"), "compile_wrapper")
 _LOOKUPS = ("embedding", "embedding_bag", "_embedding_bag", "embedding_renorm_")
 
 
@@ -44,12 +48,14 @@ class _Place:
 
     name: str
     adapter: str
+    owner: int  # id of the module
     base: list[Tensor]
     adapted: list[Tensor]
     trained: bool = False
     looked_up: bool = False  # tied to an embedding, which may read the base's values
     read: set[str] = field(default_factory=set)
     by: str = ""
+    compiled: bool = False  # read by compiled code, of which the mode sees some operators and not others
 
 
 class _Memory:
@@ -65,22 +71,32 @@ class _Memory:
                     self._at[start] = max(end, start + tensor.nbytes), [*found, (place, what)]
         self._starts = sorted(self._at)
 
-    def read(self, tensor: Tensor, by: str) -> None:
-        """Note that an operator takes this tensor."""
+    def read(self, tensor: Tensor, by: str) -> list[_Place]:
+        """Note that an operator takes this tensor; the places whose base it reads."""
         try:
             pointer = tensor.data_ptr()
         except RuntimeError:  # a tensor without memory, of a functional or fake kind
-            return
+            return []
         index = bisect.bisect_right(self._starts, pointer) - 1
         if index < 0:
-            return
+            return []
         end, found = self._at[self._starts[index]]
+        based = []
         for place, what in found if pointer < end else ():
             if what == "base" and place.looked_up and by in _LOOKUPS:
                 continue
             place.read.add(what)
             if what == "base":
                 place.by = by
+                based.append(place)
+        return based
+
+
+def _in_compiled_code() -> bool:
+    frame = sys._getframe(1)
+    while frame is not None and (frame.f_code.co_filename, frame.f_code.co_name) != _COMPILED:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 class _Reads(TorchDispatchMode):
@@ -102,7 +118,8 @@ class _Reads(TorchDispatchMode):
         if not _looks_only(func, name):
             for value in tree_leaves((args, kwargs)):
                 if type(value) in (Tensor, nn.Parameter):
-                    self._memory.read(value, name)
+                    for place in self._memory.read(value, name):
+                        place.compiled = place.compiled or _in_compiled_code()
         return func(*args, **(kwargs or {}))
 
 
@@ -143,7 +160,7 @@ def _places(root: nn.Module, state: ModelState, names: Iterable[str]) -> list[_P
                 base = _plain([modules[path]._parameters.get(site.weight)])
                 own = _plain(tensors.tensors().values())
                 if base and own and others <= embeddings:
-                    found.append(_Place(site.name, name, base, own, looked_up=bool(others)))
+                    found.append(_Place(site.name, name, id(modules[path]), base, own, looked_up=bool(others)))
         followed = {tie.full for tie in record.ties}
         for path in record.train if state.weights.get(name, 1) == 1 else ():
             copied = modules[path]._modules[ADAPTERS]._modules[name]  # type: ignore[union-attr]
@@ -154,14 +171,14 @@ def _places(root: nn.Module, state: ModelState, names: Iterable[str]) -> list[_P
                     base += _plain([parameter])
             own = _plain(copied.parameters())  # type: ignore[union-attr]
             if base and own:
-                found.append(_Place(path, name, base, own, trained=True))
+                found.append(_Place(path, name, id(modules[path]), base, own, trained=True))
     return found
 
 
 # -- judging -----------------------------------------------------------------------------------------------------
 def _judge(places: Iterable[_Place]) -> None:
     for place in places:
-        if "base" in place.read and (place.trained or "adapted" not in place.read):
+        if "base" in place.read and not place.compiled and (place.trained or "adapted" not in place.read):
             what = "trained in full" if place.trained else "a site"
             raise AdapterError(
                 f"the forward reads the base's values of {place.name!r} (in {place.by}), which is {what} of adapter "
@@ -226,9 +243,16 @@ def _before(root: nn.Module, args: Any) -> None:
         names = tuple(name for name in state.active if name not in state.proved)
         if _run is not None or off or not names or torch._C._len_torch_dispatch_stack():
             return
-        places = _places(root, state, names)
+        compiled = _compiled_parts(root)
+        places = [place for place in _places(root, state, names) if place.owner not in compiled]
         _run = _Run(root, names, places, _Reads(_Memory(places)), sys._getframe(2), threading.get_ident())
         _run.mode.__enter__()
+
+
+def _compiled_parts(root: nn.Module) -> set[int]:
+    """The modules inside those that are compiled on their own: what compiled code reads shows in its graph alone."""
+    compiled = [m for m in root.modules() if m._compiled_call_impl is not None or is_compiled(m)]
+    return {id(part) for module in compiled for part in module.modules()}
 
 
 def _after(root: nn.Module, args: Any, output: Any) -> None:

@@ -164,6 +164,11 @@ def unwrap(model: M) -> M:
     return model
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is `torch.compile`'s wrapper around another."""
+    return _WRAPPERS.get((type(module).__module__.partition(".")[0], type(module).__name__)) == "_orig_mod"
+
+
 def find_state(model: nn.Module) -> ModelState | None:
     return unwrap(model).__dict__.get(STATE)
 

@@ -420,3 +420,30 @@ def test_a_value_that_changes_at_every_step_leaves_nothing_behind():
     known = [t for t in capture._traces.values() if t[0].signature[0][0] is type(layer)]
     assert len(kept) < 60 and len(known[0]) <= 64
     torch.testing.assert_close(adapted(x), fg.merge(adapted)(x))
+
+
+def test_what_runs_when_garbage_is_collected_is_not_the_forwards():
+    """hypothesis times collections in a callback of the collector, and so do profilers."""
+    seen = []
+
+    def collected(phase, info):
+        seen.append(time.perf_counter())
+
+    class Littering(nn.Linear):
+        def forward(self, x):
+            for _ in range(2000):
+                cycle = []
+                cycle.append(cycle)
+            return super().forward(x)
+
+    gc.callbacks.append(collected)
+    threshold = gc.get_threshold()
+    gc.set_threshold(100)
+    try:
+        adapted = fg.rewrite(nn.Sequential(Littering(4, 4)), fg.Spec(fg.LoRA(rank=2), targets=["0"]))
+        assert gc.isenabled()
+        adapted(torch.randn(2, 4))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(collected)
+    assert seen, "the test must see a collection, or it shows nothing"

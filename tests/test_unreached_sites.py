@@ -543,3 +543,44 @@ def test_routed_experts_and_dropped_layers_of_transformers():
     with pytest.warns(UserWarning, match=r"did not reach \d of 3"):
         torch.manual_seed(3)
         adapted(torch.randn(1, 40))
+
+
+class Halves(nn.Module):
+    """Two blocks of one class, a function compiled by the model itself, and a weight read by its parent."""
+
+    def __init__(self, read: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.inner, self.read = nn.Linear(8, 8), read
+
+    def forward(self, x):
+        x = self.second(self.first(x))
+        return torch.compile(self.own, backend=self.backend)(x) if "backend" in self.__dict__ else self.own(x)
+
+    def own(self, x):
+        return self.inner(x)
+
+
+def test_a_watched_forward_leaves_parts_compiled_on_their_own_compiled():
+    """Under a mode of Python's, Dynamo gives up on the code it meets, for good and for every module of the class."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    adapted = perturb(fg.rewrite(Halves().eval(), fg.Spec(fg.LoRA(rank=2), targets=["0", "inner"])))
+    x = torch.randn(3, 8)
+    with fg.disabled(adapted):
+        base = adapted(x)
+    want = copy.deepcopy(adapted)(x)
+    adapted.__dict__["backend"] = backend
+    adapted.first = torch.compile(adapted.first, backend=backend)
+    adapted.second.compile(backend=backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="adapter 'default'")
+        for _ in range(3):
+            torch.testing.assert_close(adapted(x), want)
+    assert len(graphs) == 3, "each part is compiled once, also by the forward that is watched"
+    assert not torch.allclose(want, base)

@@ -62,7 +62,9 @@ def family(name):
 
 @pytest.mark.parametrize("name", [*FAMILIES, "llama4"])
 def test_routers_and_scans(name):
-    adapted = perturb(fg.rewrite(family(name), fg.Spec(fg.LoRA(rank=2)))).eval()
+    # without a GPU's kernels Jamba multiplies by the weight of dt_proj and does not call it, in a branch
+    exclude = ["dt_proj"] if name == "jamba" else []
+    adapted = perturb(fg.rewrite(family(name), fg.Spec(fg.LoRA(rank=2), exclude=exclude))).eval()
     ids, backend = torch.randint(3, 90, (2, 8)), Compared(PASSES)
     with torch.no_grad():
         want = adapted(ids).logits
