@@ -114,6 +114,7 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
         tuple((n, None if t is None else (tuple(t.shape), t.dtype)) for n, t in tensors),
         tuple((n, type(m)) for n, m in module._modules.items()),
         tuple(n for n, t in module.__dict__.items() if isinstance(t, Tensor) and not is_bookkeeping(n)),
+        tuple(n for n in module.__dict__ if hasattr(type(module), n) and not is_bookkeeping(n)),  # instead of methods
     )
 
 
@@ -126,16 +127,16 @@ def trace(module: nn.Module) -> Trace:
     """
     if isinstance(module, fx.GraphModule):
         return Trace(module.graph, (type(module), module.code))
+    if "forward" in module.__dict__:
+        raise CaptureError(
+            f"{type(module).__name__} has its forward replaced on the instance (an offloading hook?); "
+            "remove the hook before rewriting"
+        )
     structure = _structure(module)
     with _lock:
         for known in _traces.get(structure, ()):
             if known.fits(module):
                 return known
-        if "forward" in module.__dict__:
-            raise CaptureError(
-                f"{type(module).__name__} has its forward replaced on the instance (an offloading hook?); "
-                "remove the hook before rewriting"
-            )
         result = _make(module, structure)
         if structure not in _traces and len(_traces) >= _MAX_TRACES:
             _traces.pop(next(iter(_traces)))

@@ -25,7 +25,7 @@ from .dialect import eager_form
 from .errors import AdapterError, CaptureError, FxgraftError
 from .looking import captured
 from .method import Method
-from .observe import Read
+from .observe import Read, is_bookkeeping
 from .off import Switch, base_forward, nothing
 from .pending import keeps_values
 from .percall import current
@@ -77,7 +77,8 @@ class Grafted(nn.Module):
         slots = {**self.__dict__.get("_parameters", {}), **self.__dict__.get("_buffers", {})}
         before = slots.get(name, self.__dict__.get(name, self))
         super().__setattr__(name, value)
-        if name not in self.fxgraft_reads and (name not in slots or (before is None) == (value is None)):
+        method = name != "forward" and callable(getattr(base_class(self), name, None)) and not is_bookkeeping(name)
+        if name not in self.fxgraft_reads and not method and (name not in slots or (before is None) == (value is None)):
             return
         try:
             renew_class(self)

@@ -447,3 +447,48 @@ def test_what_runs_when_garbage_is_collected_is_not_the_forwards():
         gc.set_threshold(*threshold)
         gc.callbacks.remove(collected)
     assert seen, "the test must see a collection, or it shows nothing"
+
+
+class Helped(nn.Linear):
+    def forward(self, x):
+        return super().forward(self.helper(x))
+
+    def helper(self, x):
+        return x * 2
+
+
+def test_a_method_replaced_on_one_instance_is_not_taken_for_the_class():
+    x = torch.randn(2, 4)
+    plain, other = Helped(4, 4), Helped(4, 4)
+    other.helper = lambda x: x * 3
+    spec = fg.Spec(fg.LoRA(rank=2), targets=["0"])
+    fg.rewrite(nn.Sequential(plain), spec)  # the class is known from here on
+    with pytest.raises(fg.TargetError, match="forward replaced on the instance"):
+        replaced = nn.Linear(4, 4)
+        fg.rewrite(nn.Sequential(nn.Linear(4, 4)), spec)
+        replaced.forward = lambda x: x
+        fg.rewrite(nn.Sequential(replaced), spec)
+    model = nn.Sequential(other)
+    try:
+        adapted = fg.rewrite(model, spec)
+    except fg.FxgraftError:
+        return  # a lambda that cannot be followed is refused
+    torch.testing.assert_close(adapted(x), model(x))
+
+
+def test_a_method_replaced_after_rewrite_takes_effect_or_is_refused():
+    x = torch.randn(2, 4)
+    model = nn.Sequential(Helped(4, 4))
+    adapted = fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), targets=["0"]))
+    want = model(x)
+    try:
+        adapted[0].helper = tripled
+        model[0].helper = tripled
+        want = model(x)
+    except fg.FxgraftError:
+        assert "helper" not in adapted[0].__dict__
+    torch.testing.assert_close(adapted(x), want)
+
+
+def tripled(x):
+    return x * 3
