@@ -24,7 +24,7 @@ from ..rewriter.state import base_modules
 from .authors_glora import read_glora
 from .authors_unilora import UNILORA_BANK, read_unilora, read_unilora_fork
 from .foreign import Foreign, all_there, by_site, in_model_order, value
-from .peft_load import LORA_FIELDS, check_layers, lora_at
+from .peft_load import LORA_FIELDS, lora_at, same_sites
 from .peft_names import check_config, is_conv1d, is_linear, trained_tensors
 
 Config = Mapping[str, Any]
@@ -87,7 +87,7 @@ def read_hydralora(config: Config, tensors: Tensors, model: nn.Module, what: str
     sites, rest = by_site(tensors, _FORK + rf"(?P<name>{'|'.join(names)})\.weight")
     train, values = trained_tensors(config, model, rest, what)
     all_there(sites, names, what)
-    check_layers(config, sites, model, what)
+    same_sites(config, sites, model, what, loosely=True)
     for site, given in sites.items():
         blocks = [given[f"lora_B{i}"] for i in range(experts)]
         if odd := [f"lora_B{i} {tuple(b.shape)}" for i, b in enumerate(blocks) if b.shape != blocks[0].shape]:
@@ -113,7 +113,7 @@ def read_latent(config: Config, tensors: Tensors, model: nn.Module, what: str) -
         sites[site] |= given
     train, values = trained_tensors(config, model, rest, what)
     all_there(sites, ("lora_A", "lora_B", _LATENT), what)
-    check_layers(config, sites, model, what)
+    same_sites(config, sites, model, what, loosely=True)
     methods = {}
     for site in in_model_order(sites, model):
         lora, given = lora_at(config, site, what), sites[site]
@@ -144,7 +144,7 @@ def read_prolora(config: Config, tensors: Tensors, model: nn.Module, what: str) 
     sites, rest = by_site(tensors, _FORK + rf"(?P<name>{'|'.join(map(re.escape, _PROLORA_NAMES))})")
     train, values = trained_tensors(config, model, rest, what)
     all_there(sites, [name for name in _PROLORA_NAMES if name not in absent], what)
-    check_layers(config, sites, model, what)
+    same_sites(config, sites, model, what, loosely=True)
     steps = _steps(config, method, what)
     order = in_model_order(sites, model)
     for site, given in sites.items():

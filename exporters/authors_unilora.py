@@ -19,7 +19,7 @@ from ..passes.methods.unilora import UniLoRA
 from ..rewriter.errors import CheckpointError, listing
 from .foreign import Foreign, all_there, by_site, in_model_order, only_keys, stored_unilora, used_counts, value
 from .foreign_keys import base_weights
-from .peft_load import check_layers
+from .peft_load import same_sites
 from .peft_names import check_config, trained_tensors
 
 Config = Mapping[str, Any]
@@ -51,7 +51,7 @@ def read_unilora_fork(config: Config, tensors: Tensors, model: nn.Module, what: 
     sites, rest = by_site(rest, r"base_model\.model\.(?P<site>.+)\.unilora_(?P<name>(logits|norm)_[AB])")
     train, values = trained_tensors(config, model, rest, what)
     all_there(sites, ("logits_A", "logits_B", "norm_A", "norm_B"), what)
-    check_layers(config, sites, model, what)
+    same_sites(config, sites, model, what, loosely=True)
     order = in_model_order(sites, model)
     indices = {site: (sites[site]["logits_A"], sites[site]["logits_B"]) for site in order}
     norms = {site: (sites[site]["norm_A"], sites[site]["norm_B"]) for site in order}
@@ -83,7 +83,7 @@ def read_unilora(config: Config, tensors: Tensors, model: nn.Module, what: str) 
     normed = any("norm_factor_A" in given or "norm_factor_B" in given for given in sites.values())
     all_there(sites, (*names, "norm_factor_A", "norm_factor_B") if normed else names, what)
     if config.get("target_modules") is not None:
-        check_layers(config, sites, model, what)
+        same_sites(config, sites, model, what, loosely=True)
     for site, given in sites.items():
         if any(tensor.dim() != 2 for tensor in given.values()):
             raise CheckpointError(f"{what}: the indices of {site!r} are not matrices")

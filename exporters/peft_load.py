@@ -79,25 +79,13 @@ def lora_at(config: Config, site: str, what: str) -> LoRA:
     )
 
 
-def same_sites(config: Config, sites: Mapping[str, Any], model: nn.Module, what: str) -> None:
-    """Raise if the config's patterns and the tensors name different layers: one of them is not the adapter's."""
-    if not sites:
-        raise CheckpointError(f"{what} has no adapter tensors at all")
-    named = told_names(config, model, what)
-    if named is None:
-        return
-    if missing := [name for name in named if name not in sites]:
-        raise CheckpointError(f"{what} lacks the tensors of {len(missing)} layer(s) it targets: {listing(missing)}")
-    if other := [name for name in sites if name not in named]:
-        raise CheckpointError(
-            f"{what} has tensors for {len(other)} layer(s) that its target_modules={config['target_modules']!r} do not "
-            f"name in this {type(model).__name__}: {listing(other)}"
-        )
+def same_sites(config: Config, sites: Mapping[str, Any], model: nn.Module, what: str, *, loosely: bool = False) -> None:
+    """Raise if the config's patterns and the tensors name different layers: one of them is not the adapter's.
 
-
-def check_layers(config: Config, sites: Mapping[str, Any], model: nn.Module, what: str) -> None:
-    """`same_sites` for forks: older PEFT matched names more loosely, so a layer with tensors may end in a target as a
-    text."""
+    Args:
+        loosely: for the forks, whose older PEFT matched names more loosely: a layer with tensors may also end in a
+            target as a text, or be one that an expression does not match.
+    """
     if not sites:
         raise CheckpointError(f"{what} has no adapter tensors at all")
     named = told_names(config, model, what)
@@ -106,10 +94,13 @@ def check_layers(config: Config, sites: Mapping[str, Any], model: nn.Module, wha
     if missing := [name for name in named if name not in sites]:
         raise CheckpointError(f"{what} lacks the tensors of {len(missing)} layer(s) it targets: {listing(missing)}")
     targets = config["target_modules"]
-    endings = tuple(targets) if isinstance(targets, (list, tuple)) else ("",)
+    endings: tuple[str, ...] = ()  # nothing ends in one of none
+    where = f" in this {type(model).__name__}"
+    if loosely:
+        endings, where = tuple(targets) if isinstance(targets, (list, tuple)) else ("",), ""
     if other := [name for name in sites if name not in named and not name.endswith(endings)]:
         raise CheckpointError(
-            f"{what} has tensors for {len(other)} layer(s) that its target_modules={targets!r} do not name: "
+            f"{what} has tensors for {len(other)} layer(s) that its target_modules={targets!r} do not name{where}: "
             f"{listing(other)}"
         )
 

@@ -546,12 +546,12 @@ def test_routed_experts_and_dropped_layers_of_transformers():
 
 
 class Halves(nn.Module):
-    """Two blocks of one class, a function compiled by the model itself, and a weight read by its parent."""
+    """Two blocks of one class, and a function that the model compiles itself where it is told a backend."""
 
-    def __init__(self, read: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh())
-        self.inner, self.read = nn.Linear(8, 8), read
+        self.inner = nn.Linear(8, 8)
 
     def forward(self, x):
         x = self.second(self.first(x))
