@@ -1,32 +1,31 @@
 """fxgraft: a model-surgery compiler that grafts parameter-efficient adapters by rewriting torch.fx graphs."""
 
 from . import passes
-from .backends.aot import package
-from .backends.aot_package import Package, load_package
-from .backends.inductor import compile
-from .backends.kernels import KernelPreference
-from .exporters.adapterfile import export_ort_adapter
-from .exporters.checkpoint import load_adapter, save_adapter
-from .exporters.errors import SessionError, VerifyError
-from .exporters.gpu_check import GpuReport, check_gpu
-from .exporters.onnx import OnnxExport, export_onnx
-from .exporters.ort import OrtSession
-from .exporters.quantize import QuantizedOnnx, quantize_onnx
-from .exporters.swap import swap
-from .exporters.tenants import add_tenant, bank
-from .exporters.verify import Verification, verify
-from .passes.analysis import lora_breakdown
-from .passes.bank import adapter_ids, remove_tenant, tenants
-from .passes.combine import combine
-from .passes.estimate import estimate_update
-from .passes.experts import suggest_experts
-from .passes.factors import to_lora
-from .passes.merge import merge
+from .backends.aot.loaded_package import Package, load_package
+from .backends.aot.package import package
+from .backends.compile.inductor import compile
+from .backends.compile.kernel_preference import KernelPreference
+from .exporters.adapterfiles.export_adapter import export_ort_adapter
+from .exporters.checkpoints.load_save import load_adapter, save_adapter
+from .exporters.checkpoints.swap import swap
+from .exporters.checkpoints.tenant_folders import add_tenant, bank
+from .exporters.onnx.export import OnnxExport, export_onnx
+from .exporters.onnx.gpu_check import GpuReport, check_gpu
+from .exporters.onnx.quantize import QuantizedOnnx, quantize_onnx
+from .exporters.onnx.verify import Verification, verify
+from .exporters.ort.session import OrtSession
 from .passes.methods import GLoRA, GLoRAPath, HydraLoRA, LoRA, LoRASB, LoRAXS, PRoLoRA, UniLoRA
-from .passes.methods.lora_sb import UpdateEstimate
-from .passes.paths import fix_paths, get_paths, set_paths
-from .passes.search import search_paths
-from .rewriter.adapterstate import AdapterState
+from .passes.methods.glora.fix_paths import fix_paths, get_paths, set_paths
+from .passes.methods.glora.search import search_paths
+from .passes.methods.hydralora.breakdown import lora_breakdown
+from .passes.methods.hydralora.experts import suggest_experts
+from .passes.methods.lora_sb.estimate import estimate_update
+from .passes.methods.lora_sb.lora_sb import UpdateEstimate
+from .passes.models.bank import adapter_ids, remove_tenant, tenants
+from .passes.models.combine import combine
+from .passes.models.factors import to_lora
+from .passes.models.merge import merge
+from .rewriter.adapter_state import AdapterState
 from .rewriter.api import active, active_weights, adapter_state, disabled, remove, rewrite, set_active
 from .rewriter.errors import (
     AdapterError,
@@ -37,14 +36,16 @@ from .rewriter.errors import (
     MergeError,
     PackageError,
     ParityError,
+    SessionError,
     SpecError,
     TargetError,
+    VerifyError,
 )
 from .rewriter.explain import explain
-from .rewriter.exported import capture
-from .rewriter.groups import parameter_groups
+from .rewriter.exported_program import capture
 from .rewriter.materialise import materialise
-from .rewriter.passbase import Program
+from .rewriter.parameter_groups import parameter_groups
+from .rewriter.program import Program
 from .rewriter.spec import Spec, Target
 
 __version__ = "0.1.0"

@@ -26,7 +26,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxgraft as fg
-from fxgraft.backends.triton import hydralora, language, lora, prolora, unilora
+from fxgraft.backends.triton import (
+    hydralora_kernels as hydralora,
+)
+from fxgraft.backends.triton import (
+    language,
+)
+from fxgraft.backends.triton import (
+    lora_kernels as lora,
+)
+from fxgraft.backends.triton import (
+    prolora_kernels as prolora,
+)
+from fxgraft.backends.triton import (
+    unilora_kernels as unilora,
+)
 
 WHAT = ("ceilings", "kernels", "inference", "training", "bank")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

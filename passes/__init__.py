@@ -1,5 +1,5 @@
 """Graph-to-graph steps and the adapter methods."""
 
-from . import pipelines
+from .graph import pipelines
 
 __all__ = ["pipelines"]

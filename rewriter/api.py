@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import pending
-from .adapterstate import AdapterState, check_same_function, methods_of
-from .biasslot import bias_slot
-from .dataflow import storage_key
+from .active_together import check_together, chosen_weights
+from .adapter_state import AdapterState, check_same_function, methods_of
+from .analysis.dataflow import storage_key
+from .calls.disabled import turned_off
+from .calls.forward_inputs import GUARD, release_inputs, take_inputs
+from .capture.parent_reads import rebind_forwards
+from .capture.skeleton import copy_skeleton
 from .errors import AdapterError, SpecError, listing, near_misses
-from .fastpath import set_fast_paths
 from .graft import (
     ADAPTERS,
     BASE,
@@ -32,16 +34,16 @@ from .graft import (
     site_tensors,
     tie,
 )
-from .inputs import GUARD, release_inputs, take_inputs
+from .graft_plan import Plan, Shape, declare, plan
 from .method import Decl, Declaration, InitContext, Method
-from .off import turned_off
-from .parents import rebind_forwards
-from .plan import Plan, Shape, declare, plan
-from .reach import watch
-from .saving import release_saving, take_over_saving
-from .shards import check_unsharded, full, put, reshard
+from .modules import pending
+from .modules.bias_slot import bias_slot
+from .modules.fast_paths import set_fast_paths
+from .modules.foreign_tuners import check_no_tuners
+from .modules.reach import watch
+from .modules.save_hook import release_saving, take_over_saving
+from .modules.shards import check_unsharded, full, put, reshard
 from .sites import Site
-from .skeleton import copy_skeleton
 from .spec import Spec
 from .state import (
     SHARED,
@@ -63,8 +65,6 @@ from .state import (
     unwrap,
 )
 from .targets import Resolution, check_name, resolve, warn_untied
-from .together import check_together, chosen_weights
-from .tuners import check_no_tuners
 
 T = TypeVar("T")
 _switching = threading.RLock()
@@ -95,7 +95,7 @@ def rewrite(model: T, spec: Spec, name: str = "default", *, dtype: torch.dtype |
     if not isinstance(spec, Spec):
         raise AdapterError(f"rewrite(model, {type(spec).__name__}): the second argument is an fg.Spec(method, targets)")
     if isinstance(model, torch.export.ExportedProgram):
-        from .exported import rewrite_exported
+        from .exported_program import rewrite_exported
 
         return rewrite_exported(model, spec, name, dtype=dtype, update=update)  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
@@ -131,7 +131,7 @@ def graft_adapter(
         raise AdapterError(f"rewrite(dtype={dtype}): adapter tensors are of a floating type")
     source = unwrap(model)
     if isinstance(source, torch.fx.GraphModule):
-        from .outline import outline_linears
+        from .capture.outline import outline_linears
 
         source = outline_linears(source)  # type: ignore[assignment]
     check_name(source, name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 
 class FxgraftError(Exception):
@@ -44,6 +46,22 @@ class PackageError(FxgraftError, RuntimeError):
 
 class ParityError(ExportError):
     """What was written does not compute what torch computes; it has been taken away again."""
+
+
+class SessionError(FxgraftError, ValueError):
+    """An ONNX Runtime session was asked for something it cannot do, or was fed the wrong inputs."""
+
+
+class VerifyError(FxgraftError, RuntimeError):
+    """A graph on disk is damaged, foreign, or no longer does what it did when it was exported."""
+
+
+def path_of(path: Any, what: str, error: type[FxgraftError]) -> Path:
+    """The path; the given error where it is none."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise error(f"{what}: {path!r} is no path, give a str or a pathlib.Path") from None
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:

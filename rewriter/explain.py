@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from .analysis.dataflow import tied_names
 from .api import adapter_modules, trained_modules
-from .dataflow import tied_names
 from .errors import listing
 from .graft import PROVENANCE
-from .passbase import PassResult
+from .program import PassResult
 from .state import AdapterRecord, AdapterTensors, grafted_modules, state_of, unwrap
 
 

@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .capture import trace
+from .calls.call_values import current
+from .calls.disabled import Switch, base_forward, nothing
+from .capture.observe import Read, is_bookkeeping
+from .capture.trace import trace
+from .capture.watched import captured
 from .dialect import eager_form
 from .errors import AdapterError, CaptureError, FxgraftError
-from .looking import captured
 from .method import Method
-from .observe import Read, is_bookkeeping
-from .off import Switch, base_forward, nothing
-from .pending import keeps_values
-from .percall import current
+from .modules.pending import keeps_values
+from .modules.standin import followed, only_off, plain, retrained
 from .sites import NoMatch, Site, find_linears
-from .standin import followed, only_off, plain, retrained
 from .state import ADAPTERS, TIED, AdapterTensors, Container, lookup
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from .analysis.effects import register_effect
 from .dialect import cast
-from .effects import register_effect
 from .sites import NoMatch
 
 

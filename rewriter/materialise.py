@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .api import adapter_modules, trained_modules
 from .errors import AdapterError, listing
 from .method import InitContext
-from .pending import missing, settle
+from .modules.pending import missing, settle
 from .state import AdapterTensors, Group, M, grafted_modules, record_of, state_of, unwrap
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .views import is_fact, origin, source_of, turned
+from .analysis.weight_views import is_fact, origin, source_of, turned
 
 aten = torch.ops.aten
 

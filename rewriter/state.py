@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import pending
+from .calls.disabled import Switch
+from .calls.sample_rows import UNPROVEN, Rows
 from .errors import AdapterError, listing
 from .method import Method
-from .off import Switch
-from .rows import UNPROVEN, Rows
+from .modules import pending
 from .sites import Site
 from .spec import Spec
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .capture import trace
-from .dataflow import tied_names
+from .analysis.dataflow import tied_names
+from .bounded_regex import full_match
+from .capture.parent_reads import reader_of
+from .capture.trace import trace
 from .errors import AdapterError, CaptureError, TargetError, listing, near_misses
 from .graft import base_class, plain_view
 from .method import Method
-from .parents import reader_of
-from .patterns import full_match
 from .sites import LinearNode, NoMatch, Site, find_linears
 from .spec import ALL_LINEAR, Spec, Target
 from .state import Tie, base_modules, base_parameters, find_state, unwrap

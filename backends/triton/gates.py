@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...passes.cost import Verdict, machine
+from ...passes.graph.cost import Verdict, machine
 
 _TENSOR_CORES = 312e12  # operations a second of 16-bit products, A100
 _RAMP = 3e-6  # seconds no kernel is faster than

@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...passes.cost import hint
-from ...passes.products import SUMS, value
-from ...passes.share import Share
+from ...passes.graph.cost import hint
+from ...passes.graph.products import SUMS, value
+from ...passes.graph.share import Share
+from ...rewriter.analysis.memory import Memory
 from ...rewriter.dialect import is_dialect
 from ...rewriter.errors import FxgraftError
 from ...rewriter.graft import add_delta
-from ...rewriter.memory import Memory
-from ...rewriter.passbase import Pass, PassResult, Pipeline, Program, replace_meta
+from ...rewriter.program import Pass, PassResult, Pipeline, Program, replace_meta
 from ...rewriter.sites import NoMatch
-from . import hydralora, lora, prolora, unilora  # noqa: F401  (they register their kernels)
+from . import hydralora_kernels, lora_kernels, prolora_kernels, unilora_kernels  # noqa: F401  (they register)
 from .gates import decide
 from .language import DEVICES, DTYPES
 from .registry import Lowering, lowerings, shared

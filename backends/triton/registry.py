@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...passes.products import rows, value
-from ...rewriter.effects import register_effect
+from ...passes.graph.products import rows, value
+from ...rewriter.analysis.effects import register_effect
 from .gates import Form, Sizes
 
 Arguments = tuple[Any, ...]

@@ -20,7 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hydralora, lora, prolora, segments, unilora
+from . import (
+    hydralora_kernels as hydralora,
+)
+from . import (
+    lora_kernels as lora,
+)
+from . import (
+    prolora_kernels as prolora,
+)
+from . import (
+    segments,
+)
+from . import (
+    unilora_kernels as unilora,
+)
 from .language import INSTALLED, VERSION
 from .launch import Launch
 

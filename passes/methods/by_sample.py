@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, fx
 
+from ...rewriter.calls.sample_rows import check_first, in_place, samples_first
 from ...rewriter.graft import Emitter
 from ...rewriter.method import ADAPTER_IDS
-from ...rewriter.rows import check_first, in_place, samples_first
 
 
 def per_sample(x: Tensor, ids: Tensor) -> Tensor:

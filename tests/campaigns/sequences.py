@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from zoo import LAYERS, WIDTH, Model, layout, models
 
 import fxgraft as fg
-from fxgraft.passes.pipelines import pipeline_for
-from fxgraft.rewriter.passbase import Program
+from fxgraft.passes.graph.pipelines import pipeline_for
+from fxgraft.rewriter.program import Program
 
 TOLERANCE = 2e-5  # of the largest output: float32 through a dozen layers
 

@@ -19,7 +19,7 @@ from damage import WEIGHTS, damage_bytes, damage_folder, damage_place
 from safetensors.torch import load_file, save_file
 
 import fxgraft as fg
-from fxgraft.exporters.adapterformat import read_adapter
+from fxgraft.exporters.adapterfiles.adapter_format import read_adapter
 
 SCALE = float(os.environ.get("FXGRAFT_CAMPAIGN_SCALE", "1"))
 TARGETS = ["up", "down"]
@@ -207,7 +207,7 @@ def small():
 
 
 def package_trials(tmp_path, times, seed):
-    from fxgraft.backends.aot_manifest import read
+    from fxgraft.backends.aot.package_manifest import read
 
     def reading(file):
         manifest, states = read(file)
@@ -219,7 +219,7 @@ def package_trials(tmp_path, times, seed):
 
 
 def graph_trials(tmp_path, times, seed):
-    from fxgraft.exporters.seal import check_seal
+    from fxgraft.exporters.onnx.seal import check_seal
 
     (tmp_path / "whole").mkdir()
     file = tmp_path / "whole" / "model.onnx"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import fxgraft as fg
-from fxgraft.exporters.adapterformat import read_adapter
+from fxgraft.exporters.adapterfiles.adapter_format import read_adapter
 
 SCALE = float(os.environ.get("FXGRAFT_CAMPAIGN_SCALE", "1"))
 WRITERS = ("native", "native with a head", "peft", "onnx_adapter", "onnx_adapter with a frozen part")

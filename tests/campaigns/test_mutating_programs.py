@@ -18,14 +18,14 @@ from mutating import Compared
 from random_programs import ROWS, WIDTH, Random, draw
 
 import fxgraft as fg
-from fxgraft.passes.cleanup import Cleanup
-from fxgraft.passes.fold import Fold
-from fxgraft.passes.join_products import JoinProducts
-from fxgraft.passes.pipelines import frozen, packaged
-from fxgraft.passes.share import Share
-from fxgraft.passes.siblings import Siblings
+from fxgraft.passes.graph.cleanup import Cleanup
+from fxgraft.passes.graph.fold import Fold
+from fxgraft.passes.graph.join_products import JoinProducts
+from fxgraft.passes.graph.pipelines import frozen, packaged
+from fxgraft.passes.graph.share import Share
+from fxgraft.passes.graph.siblings import Siblings
 from fxgraft.rewriter.errors import CaptureError
-from fxgraft.rewriter.passbase import Pipeline
+from fxgraft.rewriter.program import Pipeline
 
 pytestmark = [pytest.mark.campaign, pytest.mark.filterwarnings("ignore")]  # of sites that a program leaves out
 COUNT = max(1, int(40 * float(os.environ.get("FXGRAFT_CAMPAIGN_SCALE", "1"))))

@@ -1,0 +1,1 @@
+"""Adapters of an exported graph: `.onnx_adapter` files."""

@@ -1,0 +1,1 @@
+"""Adapters in folders: ours, HF PEFT's and the methods' authors'."""

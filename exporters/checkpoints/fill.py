@@ -1,0 +1,121 @@
+"""Grafting an adapter whose values are there already: nothing is made before they are known to fit.
+
+The dtype of the values, of every format: those of trained modules become what the module's own are. The others become
+what an adapter on this model has by default, float32 or wider; only where all that are not float32 have the one narrow
+dtype of the base (an adapter rewritten with that dtype) they keep it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ...rewriter.api import adapter_modules, adapter_state, check_shapes, check_state, graft_adapter, write_state
+from ...rewriter.errors import AdapterError, CheckpointError, SpecError, TargetError
+from ...rewriter.graft_plan import Plan
+from ...rewriter.spec import Spec
+from ...rewriter.state import M, record_of, unwrap
+from .folder import update_hash
+
+_DERIVED_FREE = 1 << 24  # elements that cost nobody anything
+_DERIVED_PER_WEIGHT = 4  # an adapter derives a fraction of the weights it adapts
+
+
+def filled(
+    model: M,
+    spec: Spec,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    what: str,
+    *,
+    order: Sequence[str],
+    fits: Callable[[Plan], None],
+    hint: str,
+    keep: bool = False,
+) -> M:
+    """Graft a spec and fill it with values that must fit exactly; the input model is not changed.
+
+    Args:
+        tensors: in the names of `adapter_state`, in any floating dtype.
+        what: subject of the error texts; `hint` is their end.
+        order: of the sites, as in `graft_adapter`.
+        fits: raises where the sites are not those the adapter was made for.
+        keep: whether values may keep the narrow dtype they have in common with the base.
+
+    Raises:
+        CheckpointError: the spec does not fit the model, or the tensors do not fit the spec.
+    """
+
+    def check(plan: Plan) -> None:
+        fits(plan)
+        with _as_checkpoint(hint):
+            check_shapes(plan.shapes, tensors, what)
+        weights = sum(site.in_features * site.out_features for site in plan.sites)
+        if plan.derived > max(_DERIVED_FREE, _DERIVED_PER_WEIGHT * weights):
+            raise CheckpointError(
+                f"{what} would derive {plan.derived} numbers from its config for layers of {weights} weights in all, "
+                "which no adapter does"
+            )
+
+    def grafted(dtype: torch.dtype | None) -> M:
+        return graft_adapter(model, spec, name, dtype=dtype, initialise=False, order=order, check=check)
+
+    try:
+        adapted = grafted(None)
+        record = record_of(adapted, name)
+        heads = tuple(f"{path}." for path in record.train)
+        stored = {t.dtype for key, t in tensors.items() if t.is_floating_point() and not key.startswith(heads)}
+        narrow = {site.dtype for site in record.sites} & stored - {torch.float32} if keep else set()
+        if len(narrow) == 1:
+            adapted = grafted(narrow.pop())
+    except (TargetError, SpecError) as error:
+        raise CheckpointError(f"{what} does not fit this {type(model).__name__}: {error}") from error
+    expected = adapter_state(adapted, name)
+    values = {
+        key: t.to(expected[key].dtype) if t.is_floating_point() and expected[key].is_floating_point() else t
+        for key, t in tensors.items()
+    }
+    with _as_checkpoint(hint):
+        check_state(expected, values, what)
+        write_state(adapted, name, values)
+    return adapted
+
+
+@contextmanager
+def _as_checkpoint(hint: str) -> Iterator[None]:
+    try:
+        yield
+    except AdapterError as error:
+        raise CheckpointError(f"{error}. {hint}") from error
+
+
+def derived_hash(model: torch.nn.Module, name: str) -> str | None:
+    """SHA-256 of what an adapter derives from its config (Uni-LoRA's indices, PRoLoRA's rotations); None: nothing.
+
+    A vector means something only under the very indices it was trained with, and those follow from the config, the
+    order of the sites and numpy's generator.
+    """
+    root = unwrap(model)
+    told, any_there = hashlib.sha256(), False
+    for prefix, tensors in adapter_modules(root, name, record_of(root, name)):
+        for key in sorted(tensors._non_persistent_buffers_set):
+            tensor = tensors._buffers[key]
+            if tensor is None or tensor.is_meta:
+                return None
+            any_there = True
+            update_hash(told, prefix + key, tensor)
+    return told.hexdigest() if any_there else None
+
+
+def check_derived(model: torch.nn.Module, name: str, said: object, what: str) -> None:
+    """Raise where an adapter derives something else here than where it was saved; without a hash nothing is known."""
+    if said is not None and (here := derived_hash(model, name)) is not None and here != said:
+        raise CheckpointError(
+            f"{what} was trained with another projection than its config gives here: the order of the model's layers "
+            "or numpy's random generator is another one. Load it where it was saved, and save it with "
+            "format='peft', save_indices=True (Uni-LoRA), or fg.to_lora(adapted), which is exact"
+        )

@@ -1,0 +1,129 @@
+"""Adapter checkpoints of our own: `adapter_config.json` and `adapter_model.safetensors`, nothing else.
+
+The config carries the format version, the spec, the sites with their shapes, a hash of what is derived from it, and the
+versions that wrote it; the tensors are what `adapter_state` returns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...rewriter.api import _live_state
+from ...rewriter.errors import CheckpointError, SpecError, listing
+from ...rewriter.graft_plan import Plan
+from ...rewriter.modules.shards import full, on_first
+from ...rewriter.spec import Spec
+from ...rewriter.state import M, record_of, unwrap
+from .fill import check_derived, derived_hash, filled
+from .folder import CONFIG, WEIGHTS, Stored, check_config_is_theirs, writable, write_folder
+
+FORMAT, FORMAT_VERSION = "fxgraft", 1
+DERIVED = "derived"  # entry of the config: a hash of what follows from it
+ABOUT = frozenset({"versions"})
+
+Size = tuple[int, int]
+
+
+def save_native(
+    adapted: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str = "default",
+    values: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write one adapter to a folder (made if needed) and return the folder.
+
+    Tensors tied to each other are written as they are; derived tensors are not written. An adapter already there is
+    replaced only when the new one is complete.
+
+    Args:
+        values: tensors to write in place of the model's own, in the names of `adapter_state`: those gathered from
+            several processes.
+    """
+    root = unwrap(adapted)
+    record = record_of(root, name)
+    live, values = _live_state(root, name), values or {}
+    tensors = {k: values[k] if k in values else full(t.detach()) for k, t in live.items()}
+    tensors = writable(tensors, name)
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("fxgraft")
+    except PackageNotFoundError:  # run from a source tree
+        own = "source"
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "spec": record.spec.to_dict(),
+        "sites": {s.name: [s.out_features, s.in_features] for s in record.sites},
+        "versions": {"fxgraft": own, "torch": torch.__version__},
+    }
+    if (derived := derived_hash(root, name)) is not None:
+        config[DERIVED] = derived
+    here = [] if values else live.values()  # whoever gathered them says which process writes
+    on_first(here, lambda: write_folder(directory, config, tensors))
+    return Path(directory)
+
+
+def load_native(model: M, stored: Stored, name: str, what: str) -> M:
+    """Graft an adapter of ours; the input model is not changed, and nothing is returned unless all of it fits.
+
+    Raises:
+        CheckpointError: the files are damaged, of a newer version, or made for another model.
+    """
+    config = stored.config
+    spec, sites = read_spec(stored, what)
+    check_config_is_theirs(stored, ABOUT, what)
+
+    def fits(plan: Plan) -> None:
+        here = {site.name: (site.out_features, site.in_features) for site in plan.sites}
+        if here != sites:
+            raise CheckpointError(_other_model(sites, here, f"{what} was made for another model than this {kind}"))
+
+    kind = type(unwrap(model)).__name__
+    hint = "The adapter was saved for another model or by another program"
+    adapted = filled(model, spec, name, stored.tensors, what, order=list(sites), fits=fits, hint=hint, keep=True)
+    check_derived(adapted, name, config.get(DERIVED), what)
+    return adapted
+
+
+def _other_model(there: Mapping[str, Size], here: Mapping[str, Size], what: str) -> str:
+    missing, extra = [n for n in there if n not in here], [n for n in here if n not in there]
+    differing = [f"{n}: {there[n]} there, {here[n]} here" for n in there if n in here and there[n] != here[n]]
+    return (
+        f"{what} (shapes are out x in):"
+        + (f" missing here {listing(missing, 4)};" if missing else "")
+        + (f" unknown there {listing(extra, 4)};" if extra else "")
+        + (f" {'; '.join(differing[:4])}" if differing else "")
+    )
+
+
+def read_spec(stored: Stored, what: str) -> tuple[Spec, dict[str, Size]]:
+    """The spec of a folder of ours, and its sites `(out, in)` in the order they count in."""
+    config = stored.config
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{what} has format version {version!r}, this fxgraft reads {FORMAT_VERSION}; update fxgraft"
+        )
+    if missing := [k for k in ("spec", "sites") if not isinstance(config.get(k), dict)]:
+        raise CheckpointError(f"{what}: {CONFIG} lacks {listing(missing)}")
+    if not stored.weights:
+        raise CheckpointError(f"{what}: {WEIGHTS} is missing")
+    try:
+        spec = Spec.from_dict(config["spec"])
+    except SpecError as error:
+        raise CheckpointError(f"{what}: {error}") from error
+    return spec, _sites(config["sites"], what)
+
+
+def _sites(given: Mapping[str, Any], what: str) -> dict[str, Size]:
+    for name, shape in given.items():
+        if not isinstance(shape, list) or [type(size) for size in shape] != [int, int]:
+            raise CheckpointError(f"{what}: the site {name!r} in its {CONFIG} is {shape!r}, expected [out, in]")
+    return {name: (out_features, in_features) for name, (out_features, in_features) in given.items()}

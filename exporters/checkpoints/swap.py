@@ -1,0 +1,67 @@
+"""`fg.swap`: other values for an adapter, from a state, a model, or a saved folder of any format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...backends.artifact.bounded_files import as_path
+from ...rewriter.adapter_state import AdapterState
+from ...rewriter.api import adapter_state, base_of
+from ...rewriter.api import swap as swap_state
+from ...rewriter.state import record_of
+from . import folder_state
+from .fill import check_derived
+from .folder import adapter_folder, read_folder
+from .load_save import load_adapter
+from .native import DERIVED, FORMAT
+
+
+def swap(
+    model: nn.Module, state: Mapping[str, Tensor] | nn.Module | str | os.PathLike[str], name: str = "default"
+) -> None:
+    """Give an adapter other values of the same structure, in place; a compiled model is not compiled anew.
+
+    A call going on in another thread meanwhile may see some tensors new and some old: swap between calls.
+
+    Args:
+        model: the adapted model, or what compiled it.
+        state: what `adapter_state` gives, which remembers its methods; a plain dict, taken as values of this adapter's
+            structure; an adapted model with an adapter of that name, or one adapter; or a folder with a saved adapter
+            (fxgraft's, PEFT's or the authors' format; stored in a narrower dtype than the model's, it is widened).
+
+    Raises:
+        AdapterError: a tensor is missing, unknown, of another shape or dtype, or not finite; or the state's method
+            would compute something else (another alpha, rank, seed, ...). Nothing has been written then.
+        CheckpointError: the folder cannot be read, or is of another model.
+    """
+    if isinstance(state, (str, os.PathLike)):
+        record_of(model, name)
+        there = _in_folder(model, state, name)
+        state = AdapterState(_widened(there, adapter_state(model, name)), there.methods)
+    swap_state(model, state, name)
+
+
+def _in_folder(model: nn.Module, directory: str | os.PathLike[str], name: str) -> AdapterState:
+    """The state in a folder. Only other programs' folders need the base model, to know what their names mean."""
+    folder = adapter_folder(as_path(directory), name)
+    stored = read_folder(folder)
+    if stored.config.get("format") != FORMAT:
+        return adapter_state(load_adapter(base_of(model), directory, name), name)
+    what = f"the adapter in {str(folder)!r}"
+    there = folder_state.state_of(stored, what)
+    check_derived(model, name, stored.config.get(DERIVED), what)
+    return there
+
+
+def _widened(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values in the dtypes they shall have where that loses nothing; the others as they are."""
+    return {
+        key: tensor.to(like[key].dtype)
+        if key in like and torch.promote_types(tensor.dtype, like[key].dtype) == like[key].dtype
+        else tensor
+        for key, tensor in tensors.items()
+    }

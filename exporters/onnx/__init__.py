@@ -1,0 +1,1 @@
+"""ONNX graphs: exporting, opening adapters as inputs, and checking what was written."""

@@ -1,0 +1,400 @@
+"""`export_onnx`: an adapted model as one ONNX graph, checked against torch before it reaches its place."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ...backends.artifact.parity import Parity
+from ...backends.artifact.signature import Axes, automatic_axes, bind, check_sizes, given_axes, symbols
+from ...backends.artifact.staging import staged
+from ...rewriter.capture.skeleton import bare
+from ...rewriter.errors import ExportError, listing
+from ...rewriter.method import ADAPTER_IDS
+from ...rewriter.state import find_state
+from ..adapterfiles import graph_manifest as manifest
+from . import surgery
+from .cached_decoder import cached, cached_example
+from .checks import rule_of
+from .flat_call import TURN, FlatCall
+from .modes import make_plan
+from .prepare import runnable, working_copy
+from .record import checked, record_of
+from .seal import seal
+from .translations import translations
+from .weight_files import base_forms, link
+from .widen import has_bfloat16
+
+Shape = tuple[int | str, ...]
+MODES = ("merged", "swappable", "bank")
+# torch translates to this opset, or converts from it; its converter goes up to the last.
+OPSETS = (18, 25)
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written, and how close it is to torch.
+
+    `inputs`, `outputs` and `adapter_inputs` map names to shapes, with a string for every free dimension; `dynamic_axes`
+    maps input names to {axis: name}. `adapter_inputs` may be left out at run: without them the graph is the base model.
+    `parity` holds the comparisons made, with what each was allowed; none with `check=False`, and then `checked` is
+    False. `renamed` has the inputs and outputs whose names in the model cannot be theirs in the graph, as a weight has
+    the name or both an input and an output: {"inputs": {model's name: the graph's}, "outputs": ...}. `OrtSession` goes
+    by the model's names, and so do `inputs` and `outputs` here.
+    """
+
+    path: Path
+    adapters: str
+    name: str | None
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+    dynamic_axes: Axes
+    adapter_inputs: dict[str, Shape]
+    opset: int
+    parity: tuple[Parity, ...]
+    tolerance: float
+    files: dict[str, int]
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+    renamed: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def checked(self) -> bool:
+        """Whether the graph was run and compared with torch."""
+        return bool(self.parity)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the graph and its external data."""
+        return sum(self.files.values())
+
+    def __str__(self) -> str:
+        def shapes(values: Mapping[str, Shape]) -> str:
+            return ", ".join(f"{name} ({' x '.join(map(str, shape)) or 'scalar'})" for name, shape in values.items())
+
+        lines = [
+            f"{self.path}: {self.adapters}, opset {self.opset}, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s",
+            f"  inputs   {shapes(self.inputs)}",
+            f"  outputs  {shapes(self.outputs)}",
+        ]
+        if self.adapter_inputs:
+            sites = {name.rpartition(".")[0] for name, shape in self.adapter_inputs.items() if _rank_free(name, shape)}
+            rest = sum(not _rank_free(name, shape) for name, shape in self.adapter_inputs.items())
+            forms = sorted({name.rpartition(".")[2] for name, s in self.adapter_inputs.items() if _rank_free(name, s)})
+            said = [f"{len(sites)} sites ({', '.join(forms)} of any rank)"] if sites else []
+            said += [f"{rest} trained tensors"] if rest else []
+            lines.append(f"  adapter  {', '.join(said)}")
+        lines.append("  parity   relative to each output's largest value" if self.checked else "  parity   not checked")
+        lines += [
+            f"    {check.case:<32} {check.relative:8.1e}  (allowed {check.allowed:.1e})  {check.sizes}"
+            for check in self.parity
+        ]
+        return "\n".join(lines + [f"  note     {note}" for note in self.notes])
+
+
+def export_onnx(
+    adapted: torch.nn.Module,
+    path: str | Path,
+    example_inputs: Any,
+    adapters: Literal["merged", "swappable", "bank"] = "merged",
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+    name: str | None = None,
+    *,
+    cache: bool = False,
+    expanded: bool = True,
+    capacity: int | None = None,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    external_data: bool | None = None,
+    seed: int = 0,
+    check: bool = True,
+) -> OnnxExport:
+    """Write `adapted` to `path` (`*.onnx`) and return what was written.
+
+    adapters        "merged": the adapters folded into the weights, a plain graph.
+                    "swappable": the base model with free inputs for one adapter, see below; left out, the graph is the
+                    base. `export_ort_adapter` writes adapters of any size for it, `OrtSession` runs them.
+                    "bank": the base model with slots for many adapters, and an input `adapter_ids (batch,)` int64 that
+                    chooses one for every sample. Slot 0 is the base model. `adapted` is what `fg.bank` gives, or a
+                    model whose adapters all become tenants; `OrtSession` fills further slots, by name.
+    example_inputs  a tuple of positional or a mapping of keyword arguments; tensors become inputs under their
+                    parameter names, None, bool, int, float and str become constants. The entries of a dict, as
+                    SentenceTransformer takes one, are inputs under their keys.
+    dynamic_shapes  {input: {axis: name or torch.export.Dim}}; None makes the batch axis, and the sequence axis of
+                    integer and mask inputs, dynamic; {} fixes every axis. A dynamic axis is at least 2 in the example.
+    opset           ONNX opset, 18 to 25; None is the exporter's default.
+    name            which adapter; None is the active one ("merged": all active ones).
+    cache           of a causal language model: the graph takes the keys and values of the tokens so far and gives them
+                    with the new ones added, for generation (`OrtSession.generate`). The example needs `input_ids`
+                    alone; inputs and outputs are those of `exporters.decoder.cached`, an `attention_mask` among them.
+    expanded        "swappable": False makes the method's own tensors the inputs, under the names of their checkpoint
+                    (Uni-LoRA: the one vector `theta`), all zero by default, and the graph does the method's arithmetic
+                    at every run. Only adapters of the same config fit, written with
+                    `export_ort_adapter(expanded=False)`. Smaller in memory, and for GLoRA on disk, and slower.
+    capacity, rank  "bank": how many tenants, and of which rank, a session makes room for; by default those of the bank.
+                    The file holds the tenants it was given and no empty slots, and a session may choose otherwise.
+    tolerance       largest allowed difference from torch over the largest value of an output. None judges by the
+                    float64 result: a difference above rounding (float32: 2e-6 of the largest value) passes where
+                    onnxruntime is at most ten times as far from that result as torch is.
+    external_data   weights in files beside the graph, `<sha256>.weights`; None does so beyond 1.5 GB. All graphs of one
+                    base model in one folder share the file with its weights; what a graph has besides (merged sites)
+                    is in a second one. They stay when a graph is written anew: others may read them.
+    check           False writes the graph without running it, and it says so: `OnnxExport.checked`, `fg.verify` and
+                    `OrtSession.checked`.
+
+    Inputs for one adapter, by method; all are left out, or all are given:
+    LoRA, LoRA-XS, LoRA-SB, Uni-LoRA, PRoLoRA   `<site>.A (in, rank)`, `<site>.B (rank, out)`: one graph for all five
+    HydraLoRA       `<site>.A (in, rank)`, `<site>.router (in, experts)`, `<site>.B (experts, rank, out)`
+    GLoRA           the merged `<weight>` and `<bias>` of every site in whole, by their names in the base model: fed by
+                    name they take the place of the base's. No small tensors will do, as the method scales the base
+                    weight elementwise. Left out they are the base's bit for bit, but onnxruntime packs constant
+                    weights and not those that can be fed, and sums in another order: 4e-7 at 768 features.
+    trained heads   their tensors, by their names in the base model
+    In a bank the low-rank methods and HydraLoRA have the same names with a first dimension of slots, and heads are
+    `<name>.delta`, differences to the base. HydraLoRA banks have one number of experts. GLoRA has no bank: every slot
+    would hold, and every sample gather, whole weights.
+
+    A model without adapters is exported as it is ("merged"), a baseline to compare with. The graph is run in
+    onnxruntime against torch, on the example and on fresh random inputs of other sizes, before it is moved into place.
+    A bfloat16 graph is for GPUs; graph and model are compared computing in float32 with their bfloat16 weights.
+    The model is exported in eval mode, from a copy over the same weights: buffers, modes and the example are left as
+    they were. Outputs that are no tensors are not in the graph, which `notes` say. Exports of several threads take
+    turns. Raises `ExportError` (`ParityError` where the numbers differ); nothing is written then, and a file that was
+    at `path` stays.
+    """
+    started = time.perf_counter()
+    if not isinstance(adapted, torch.nn.Module):
+        raise ExportError(f"export_onnx({type(adapted).__name__}, ...): give the adapted model, an nn.Module")
+    if adapters not in MODES:
+        raise ExportError(f"adapters={adapters!r} is not one of {listing(MODES)}")
+    if not expanded and adapters != "swappable":
+        raise ExportError(f"expanded=False is for adapters='swappable', not for {adapters!r}")
+    if adapters != "bank" and (capacity is not None or rank is not None):
+        raise ExportError(f"capacity= and rank= are for a bank of adapters (adapters='bank'), not for {adapters!r}")
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
+        raise ExportError(f"opset={opset!r}: give a whole number from {OPSETS[0]} to {OPSETS[1]}, or None")
+    if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
+        raise ExportError(
+            f"opset={opset}: this exporter writes opset {OPSETS[0]} to {OPSETS[1]}. "
+            + ("Give one of these" if opset > OPSETS[1] else "onnxruntime has run 18 since version 1.14")
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ExportError(f"seed={seed!r}: give a whole number")
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (number and 0 < tolerance < math.inf):
+        raise ExportError(f"tolerance={tolerance!r}: give a number above 0, or None")
+    if cache and dynamic_shapes is not None:
+        raise ExportError("cache=True makes every axis of the cache and the tokens dynamic; leave dynamic_shapes out")
+    with TURN:
+        model = working_copy(bare(adapted))
+        layers = 0
+        if cache:
+            decoder = cached_example(model, example_inputs)
+            model, example_inputs, layers = cached(model, decoder.layers), decoder.inputs, decoder.layers
+        example = bind(model, example_inputs, dicts=True)
+        if cache:
+            axes = decoder.axes
+            dims: dict[str, Any] = {key: dict.fromkeys(axes[key], torch.export.Dim.AUTO) for key in axes}
+        elif dynamic_shapes is None:
+            axes = automatic_axes(example)
+            dims = {key: dict.fromkeys(axes[key], torch.export.Dim.AUTO) for key in axes}
+        else:
+            axes, dims = given_axes(example, dynamic_shapes)
+        check_sizes(example, axes)
+        strict = cache or dynamic_shapes is not None
+        with staged(path, ".onnx") as folder, torch.no_grad():
+            target = Path(path)
+            plan = make_plan(model, adapters, name, expanded, capacity, rank)
+            example = runnable(plan.truth, example)
+            rule = rule_of(plan, tolerance)
+            traced, its_axes, its_dims = plan.extend(example, axes, dims)
+            call = FlatCall(plan.module, traced)
+            program = _capture(call, its_dims)
+            names, fixed = symbols(program.graph, call.named(its_axes))
+            places = {place: key for key, place in call.names.items()}
+            fixed = [(places[key], axis, label, size) for key, axis, label, size in fixed]
+            notes = _fixed(fixed, strict)
+            axes = _without(axes, fixed)
+            made = _translate(program, opset)
+            del program
+            surgery.rename_axes(made.model, names)
+            forms = base_forms(made.model, plan.base.state_dict())
+            ids = next((one for one in made.model.graph.inputs if one.name == call.names.get(ADAPTER_IDS)), None)
+            opened = plan.open(made.model, ids)
+            surgery.widen_convolutions(made.model)
+            kept = surgery.name_transposes(made.model)
+            with surgery.quiet():
+                made.optimize()
+            surgery.unpin(made.model, kept)
+            surgery.close(made.model, opened)
+            plan.close(made.model)
+            renamed = surgery.name_ends(made.model, places, call.outputs, opened)
+            surgery.tidy(made.model)
+            described = _describe(made.model, opened, manifest.Renamed(**renamed))
+            about = {
+                "adapters": adapters,
+                "cache": layers,
+                "name": plan.name,
+                "model": type(adapted).__name__,
+                "specs": _specs(model),
+                "sites": plan.sites,
+                "trained": plan.trained,
+                "fingerprint": plan.fingerprint,
+                **plan.about(),
+                "tolerance": rule.otherwise,
+                "given_tolerance": tolerance,
+                "checked": check,
+                "versions": manifest.versions(),
+                **({"renamed": renamed} if renamed else {}),
+            }
+            made.model.metadata_props[manifest.KEY] = manifest.dump(about)
+            file = folder / target.name
+            _save(made.model, file, external_data, target.parent, forms)
+            narrow = has_bfloat16(made.model)
+            del made
+            parity: list[Parity] = []
+            record = record_of(example, axes)
+            if check:
+                parity, record, more = checked(plan, file, example, axes, seed, rule)
+                notes += more
+            seal(file, record)
+            files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
+    notes += tuple(
+        f"output {key!r} is the {type(value).__name__} {value!r}, no tensor: it is not in the graph"
+        for key, value in call.dropped.items()
+    )
+    if narrow and check:
+        notes += ("bfloat16: compared in float32 over the same weights, onnxruntime's CPU cannot run it",)
+    return OnnxExport(
+        path=target,
+        adapters=adapters,
+        name=plan.name,
+        adapter_inputs={key: value.shape for key, value in opened.items()},
+        parity=tuple(parity),
+        tolerance=rule.otherwise,
+        files=files,
+        seconds=time.perf_counter() - started,
+        notes=notes,
+        renamed=renamed,
+        **described,
+    )
+
+
+def _capture(call: FlatCall, dims: dict[str, Any]) -> torch.export.ExportedProgram:
+    try:
+        with surgery.quiet():
+            program = torch.export.export(call.module, (), call.inputs, dynamic_shapes=call.dims(dims), strict=False)
+    except ExportError:
+        raise
+    except Exception as error:  # torch.export raises a dozen unrelated classes
+        said = _brief(error)
+        for name, place in call.names.items():
+            said = re.sub(rf"\b{place}\b", name, said)
+        raise ExportError(f"torch.export cannot trace the model: {said}") from error
+    return program
+
+
+def _fixed(fixed: Sequence[tuple[str, int, str, int]], strict: bool) -> tuple[str, ...]:
+    """Notes on the axes that the model fixes; an error where they were asked for."""
+    notes = []
+    for key, axis, label, size in fixed:
+        what = (
+            f"the model fixes axis {axis} ({label!r}) of input {key!r} to {size}: it computes with the number, not "
+            "with the input's size"
+        )
+        if strict:
+            raise ExportError(f"{what}. Leave the axis out of dynamic_shapes, or change the model")
+        notes.append(what)
+        if label == "batch" and key != ADAPTER_IDS:
+            warnings.warn(f"{what}. The graph takes no other", stacklevel=4)
+    return tuple(notes)
+
+
+def _translate(program: torch.export.ExportedProgram, opset: int | None) -> Any:
+    try:
+        with surgery.quiet():
+            # Unoptimised: the optimizer would fold and merge the very tensors that become inputs.
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                custom_translation_table=translations(),
+            )
+    except Exception as error:  # as above
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the first text says how to report it to PyTorch, the last what it is
+            cause = cause.__cause__
+        raise ExportError(f"the model does not translate to ONNX: {_brief(cause)}") from error
+    assert made is not None
+    got = made.model.opset_imports[""]
+    if opset is not None and got != opset:
+        raise ExportError(
+            f"the graph does not convert to opset {opset}, it stays at {got}: leave opset out, or give {got}"
+        )
+    return made
+
+
+def _save(model: Any, file: Path, external_data: bool | None, folder: Path, forms: Mapping[str, torch.Tensor]) -> None:
+    import onnx
+
+    try:
+        links = surgery.save(model, file, external_data, folder, forms)
+        onnx.checker.check_model(str(file))
+        link(links)
+    except OSError as error:
+        raise ExportError(f"cannot write {file.name!r}: {error.strerror or error}") from error
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"onnx.checker refuses the exported graph: {error}") from error
+
+
+def _without(axes: Axes, fixed: Sequence[tuple[str, int, str, int]]) -> Axes:
+    """The axes that stay dynamic."""
+    gone = {(key, axis) for key, axis, _, _ in fixed}
+    left = {key: {i: label for i, label in named.items() if (key, i) not in gone} for key, named in axes.items()}
+    return {key: named for key, named in left.items() if named}
+
+
+def _rank_free(name: str, shape: Shape) -> bool:
+    """Whether an adapter input belongs to a site's form: one of its legs has the site's own free rank."""
+    return name.rpartition(".")[2] == "router" or f"{name.rpartition('.')[0]}.rank" in shape
+
+
+def _specs(adapted: torch.nn.Module) -> dict[str, Any]:
+    """The configs of a model's adapters, by name."""
+    state = find_state(adapted)
+    return {name: record.spec.to_dict() for name, record in state.adapters.items()} if state is not None else {}
+
+
+def _describe(model: Any, opened: Mapping[str, surgery.Opened], renamed: manifest.Renamed) -> dict[str, Any]:
+    ins, outs = renamed.model_inputs(), renamed.model_outputs()
+
+    def shape(value: Any) -> Shape:
+        return tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+
+    inputs = {ins.get(v.name, v.name): shape(v) for v in model.graph.inputs if v.name not in opened}
+    axes = {key: {i: dim for i, dim in enumerate(dims) if isinstance(dim, str)} for key, dims in inputs.items()}
+    return {
+        "inputs": inputs,
+        "outputs": {outs.get(value.name, value.name): shape(value) for value in model.graph.outputs},
+        "dynamic_axes": {key: named for key, named in axes.items() if named},
+        "opset": model.opset_imports[""],
+    }
+
+
+def _brief(error: BaseException, lines: int = 12) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: " + "\n".join(text[:lines] + (["..."] if len(text) > lines else []))
+
+
+__all__ = ["OnnxExport", "export_onnx"]

@@ -1,0 +1,244 @@
+"""`quantize_onnx`: a graph of `export_onnx` with its weights in 8 or 4 bits, its adapters as they were.
+
+    MatMul(x, W)                     ->  int8: MatMulInteger(quantised x, W8) * scales     4 bits: MatMulNBits(x, W4)
+    MatMul(MatMul(x, A), B)          ->  itself: adapter inputs stay inputs, and their products float
+
+The work is onnxruntime's; the manifest and the seal are carried on, with what the quantising changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...backends.artifact.staging import staged
+from ...rewriter.errors import ExportError, VerifyError, listing, path_of
+from ...rewriter.method import ADAPTER_IDS
+from ..adapterfiles import graph_manifest as manifest
+from . import surgery
+from .checks import drawn, probe, random_adapter
+from .graph_parity import quiet_session, run
+from .seal import RECORD, SEAL, check_seal, seal
+from .weight_files import link
+
+_DRAWS = 4  # random inputs of every size
+
+
+@dataclass(frozen=True)
+class QuantizedOnnx:
+    """What was written.
+
+    `quantised` are the names of the products in `bits` bits, `error` is the largest difference from the graph it was
+    made from, over an output's largest value, on random inputs, without an adapter and with random ones. `fg.verify`
+    allows four times as much against torch.
+    """
+
+    path: Path
+    bits: int
+    quantised: tuple[str, ...]
+    error: float
+    bytes: int
+    bytes_before: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {len(self.quantised)} products in {self.bits} bits, {self.bytes_before / 1e6:.1f} MB -> "
+            f"{self.bytes / 1e6:.1f} MB, differs by {self.error:.1e} of an output's largest value"
+        )
+
+
+def quantize_onnx(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    bits: int = 8,
+    *,
+    block_size: int = 32,
+    exclude: tuple[str, ...] | list[str] = (),
+    external_data: bool | None = None,
+) -> QuantizedOnnx:
+    """Write a graph of `export_onnx` once more with the weights of its products in few bits.
+
+    Adapter inputs and the products with them stay as they are, in every mode: adapters of the graph load as before, and
+    what they add is exact. Embeddings stay too. `fg.verify` and `OrtSession` know the result as they know the original.
+
+    Args:
+        path: of the graph, with its seal.
+        out: the file to write, `*.onnx`.
+        bits: 8, weights and activations as onnxruntime's dynamic quantiser has them; or 4, weights alone, in blocks.
+        block_size: of 4 bits: so many weights along the contracted dimension share a scale.
+        exclude: names of nodes to leave as they are.
+        external_data: weights in a file beside the graph; None does so beyond 1.5 GB.
+
+    Raises:
+        ExportError: another number of bits, nothing to quantise, or onnxruntime fails; nothing is written then.
+        VerifyError: `path` is no graph of `export_onnx`, or was changed.
+    """
+    if isinstance(bits, bool) or bits not in (8, 4):
+        raise ExportError(f"quantize_onnx(bits={bits!r}): give 8 or 4")
+    source = path_of(path, "quantize_onnx", VerifyError)
+    metadata = check_seal(source)
+    told = manifest.load(metadata)
+    if told is None or RECORD not in metadata:
+        raise VerifyError(f"{str(source)!r} was written in another format; this fxgraft reads {manifest.FORMAT}")
+    if "quantised" in told:
+        raise ExportError(f"{str(source)!r} is in {told['quantised']['bits']} bits already: give the graph it is from")
+    record = json.loads(metadata[RECORD])
+    try:
+        model = _loaded(source)
+    except Exception as error:  # protobuf's and onnx's own
+        raise VerifyError(f"{str(source)!r} cannot be read: {error}") from error
+    if unknown := sorted(set(exclude) - {node.name for node in model.graph.node}):
+        raise ExportError(f"exclude names {listing(unknown)}, which are no nodes of {str(source)!r}")
+    # A Gemm is turned into a MatMul of that name first.
+    left = [name + end for name in (*_adapter_products(model), *exclude) for end in ("", "_MatMul")]
+    before = _products(model)
+    with staged(out, ".onnx") as folder:
+        try:
+            with surgery.quiet(), _silent():
+                made = _in_bits(model, bits, block_size, left, folder)
+        except Exception as error:  # onnxruntime's quantisers raise whatever they stumble over
+            raise ExportError(f"onnxruntime does not quantise {str(source)!r}: {error}") from error
+        done = tuple(name for name in before if name not in _products(made))
+        if not done:
+            raise ExportError(f"{str(source)!r} has no product that onnxruntime takes in {bits} bits")
+        file = folder / Path(out).name
+        told["quantised"] = {"bits": bits, "block_size": block_size if bits == 4 else None}
+        _write(made, told, file, external_data, Path(out).parent)
+        off, probes = _compared(source, file, record, told)
+        told["quantised"] |= {"error": off, "tolerance": 4 * off}
+        _write(made, told, file, external_data, Path(out).parent)
+        seal(file, {**record, "probes": probes})
+        size = sum(entry.stat().st_size for entry in folder.iterdir())
+    files = [source, *(source.parent / name for name in json.loads(metadata[SEAL])["files"])]
+    return QuantizedOnnx(Path(out), bits, done, off, size, sum(entry.stat().st_size for entry in files))
+
+
+def _loaded(path: Path) -> Any:
+    """The graph with its weights, transposed ones (heads tied to an embedding) as constants of their own."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(str(path))
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    free = {value.name for value in model.graph.input}
+    for node in [node for node in model.graph.node if node.op_type == "Transpose"]:
+        (name,) = node.input
+        perm = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [1, 0])
+        if name in weights and name not in free and perm == [1, 0]:
+            turned = np.ascontiguousarray(numpy_helper.to_array(weights[name]).T)
+            model.graph.initializer.append(numpy_helper.from_array(turned, node.output[0]))
+            model.graph.node.remove(node)
+    return model
+
+
+def _adapter_products(model: Any) -> list[str]:
+    """The nodes that read an adapter input, itself or as it is given on."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    free = {value.name for value in model.graph.input} & weights
+    free |= {node.output[0] for node in model.graph.node if node.op_type == "Identity" and node.input[0] in free}
+    return [node.name for node in model.graph.node if free & set(node.input)]
+
+
+def _products(model: Any) -> list[str]:
+    return [node.name.removesuffix("_MatMul") for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+
+
+def _in_bits(model: Any, bits: int, block_size: int, exclude: list[str], work: Path) -> Any:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    if bits == 4:
+        quantizer = MatMulNBitsQuantizer(model, 4, block_size, nodes_to_exclude=exclude)
+        quantizer.model.replace_gemm_with_matmul()
+        quantizer.process()
+        return quantizer.model.model
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        file = Path(folder) / "model.onnx"
+        # Unsigned weights: signed ones overflow in the products of CPUs before VNNI.
+        quantize_dynamic(
+            model,
+            str(file),
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QUInt8,
+            nodes_to_exclude=exclude,
+            use_external_data_format=model.ByteSize() > surgery.INLINE_BYTES,
+        )
+        return _read(file)
+
+
+def _read(file: Path) -> Any:
+    import onnx
+
+    return onnx.load(str(file))
+
+
+def _write(model: Any, told: Mapping[str, Any], file: Path, external_data: bool | None, folder: Path) -> None:
+    import onnx_ir as ir
+
+    made = ir.from_proto(model)
+    made.metadata_props.clear()
+    made.metadata_props[manifest.KEY] = json.dumps(told, sort_keys=True)
+    try:
+        link(surgery.save(made, file, external_data, folder, {}))
+    except OSError as error:
+        raise ExportError(f"cannot write {file.name!r}: {error.strerror or error}") from error
+
+
+def _compared(
+    source: Path, file: Path, record: Mapping[str, Any], told: Mapping[str, Any]
+) -> tuple[float, list[dict[str, Any]]]:
+    """The largest difference of two graphs on the record's inputs, without an adapter and with random ones; and what
+    the second gives, for `verify`."""
+    before, after = quiet_session(source), quiet_session(file)
+    kept = [sorted(one.name for one in session.get_overridable_initializers()) for session in (before, after)]
+    if kept[0] != kept[1]:
+        raise ExportError(f"the quantised graph lost the adapter inputs {listing(set(kept[0]) - set(kept[1]))}")
+    names = [value.name for value in after.get_outputs()]
+    worst, probes = 0.0, []
+    for stored in record["probes"] or [{"sizes": {}, "seed": 0, "case": "example"}]:
+        for seed in range(stored["seed"], stored["seed"] + _DRAWS):
+            inputs = drawn(record, stored["sizes"], seed)
+            if told["adapters"] == "bank":
+                batch = next(tensor.shape[0] for tensor in inputs.values() if tensor.dim())
+                inputs[ADAPTER_IDS] = torch.tensor(stored.get("ids", [0] * batch), dtype=torch.int64)
+            for adapter in ({}, random_adapter(after, seed)) if told["adapters"] == "swappable" else ({},):
+                want, got = (run(session, {**inputs, **adapter}, names) for session in (before, after))
+                worst = max([worst, *(_distance(got[name], want[name]) for name in names)])
+            if seed == stored["seed"]:
+                probes.append({**stored, "outputs": probe(after, inputs, names)})
+    if not math.isfinite(worst):
+        raise ExportError(f"in {told['quantised']['bits']} bits the graph gives numbers that are not finite")
+    return worst, probes if record["probes"] else []
+
+
+def _distance(got: np.ndarray, want: np.ndarray) -> float:
+    if got.dtype.kind not in "fc" or not got.size:
+        return 0.0
+    finite = np.isfinite(want)
+    return float(np.abs(got[finite] - want[finite]).max(initial=0.0) / (np.abs(want[finite]).max(initial=0.0) or 1.0))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the quantisers' remarks, which go to the root logger."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+__all__ = ["QuantizedOnnx", "quantize_onnx"]

@@ -1,0 +1,404 @@
+"""`OrtSession`: one graph in ONNX Runtime, many adapters, any or none of them per run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...rewriter.errors import AdapterError, SessionError, listing, path_of
+from ..adapterfiles import graph_manifest as manifest
+from ..adapterfiles.adapter_format import EXPANDED, STRUCTURED, read_adapter
+from ..adapterfiles.export_adapter import export_ort_adapter
+from ..adapterfiles.fit import DIFFERENCE, check_config, check_fit, check_room, one_slot, overlap, widened_to
+from ..adapterfiles.ort_values import Device, TensorInfo, to_array, to_ort
+from ..adapterfiles.structured import Expander
+from ..onnx.verify import verify as repeat_checks
+from .adapter_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
+from .binding import Provider, device_of, run_bound, start
+from .feeds import IDS, Array, check_ids, check_inputs
+from .generate import check_prompt, greedy
+from .session_bank import Bank, room
+from .weighted import Combiner, check_weights
+
+
+class OrtSession:
+    """A graph of `export_onnx`, ready to run with or without adapters.
+
+    session = OrtSession("model.onnx")
+    session.load("a", "a.onnx_adapter")
+    session.run({"input_ids": ids, "attention_mask": mask}, adapter="a")["logits"]
+
+    Everything may be called from several threads at once. A run keeps the adapters it began with, also where another
+    thread replaces, unloads or evicts them meanwhile.
+
+    `inputs`, `outputs` and `adapter_inputs` describe the graph ({name: TensorInfo}), `providers` is what runs it,
+    `stats` counts loads, hits and evictions.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        providers: Sequence[Provider] | None = None,
+        *,
+        max_bytes: int | None = None,
+        threads: int | None = None,
+        strict: bool = False,
+        binding: bool | None = None,
+        capacity: int | None = None,
+        rank: int | None = None,
+        verify: bool = False,
+    ):
+        """Open a graph.
+
+        providers   None is CUDA where this onnxruntime has it and it starts (a warning where it does not start), the
+                    CPU otherwise. Providers asked for are the ones used, in order, or it is a `SessionError`.
+        max_bytes   budget for the adapters in memory: the least recently used are dropped, and read from their files
+                    again when a run asks for them. None keeps all.
+        threads     bounds the threads of one operator.
+        strict      no node may run on the CPU; a graph with one that has no other kernel does not start.
+        binding     run with inputs bound to the device. None does so on CUDA and TensorRT, where it is the only way.
+        capacity    of a graph with a bank: how many tenants have a slot at a time; None is what it was exported for.
+        rank        of a graph with a bank: the largest rank a slot takes; None as for `capacity`. A slot takes
+                    `rank * (in + out)` numbers per site.
+        verify      repeat the checks of `fg.verify` first, or it is a `VerifyError`: the hash of every byte, and that
+                    the graph gives what it gave at the export.
+
+        Raises `SessionError` where the graph cannot be opened, or has lost its adapter inputs.
+        """
+        import onnxruntime
+
+        self.path = path_of(path, "OrtSession(path)", SessionError)
+        if not self.path.is_file():
+            raise SessionError(f"there is no graph {str(path)!r}")
+        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
+            raise SessionError(f"max_bytes={max_bytes!r}: give a whole number of bytes from 1 up, or None for no limit")
+        for what, size in (("capacity", capacity), ("rank", rank), ("threads", threads)):
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise SessionError(f"{what}={size!r}: give a whole number from 1 up, or None to leave it out")
+        if verify:
+            repeat_checks(self.path)
+        self._session = start(self.path, providers, threads, strict)
+        self.providers: list[str] = self._session.get_providers()
+        self.device: Device = device_of(self._session)
+        if binding is False and self.device.type != "cpu":
+            raise SessionError(f"binding=False: runs on {self.providers[0]} are always bound to the device")
+        self.binding = self.device.type != "cpu" if binding is None else bool(binding)
+        self._ortvalue = onnxruntime.OrtValue
+        self.manifest = manifest.load(manifest.metadata(self._session))
+        self._renamed = manifest.renamed(self._session)
+        self.inputs = _infos(self._session.get_inputs(), self._renamed.model_inputs())
+        self.outputs = _infos(self._session.get_outputs(), self._renamed.model_outputs())
+        self.adapter_inputs = _infos(self._session.get_overridable_initializers())
+        _check_whole(self.path, self.manifest, self.inputs, self.adapter_inputs)
+        self._expand, self._combine = Expander(), Combiner(self.device)
+        # Weakly: a cache that held its session would keep a dropped graph in memory until the garbage collector runs.
+        read = weakref.WeakMethod(self._read)
+        self._cache = AdapterCache(lambda name, source: read()(name, source), max_bytes)  # type: ignore[misc]
+        self._bank: Bank | None = None
+        told = self.manifest or {}
+        if IDS in self.inputs and told.get("adapters", "bank") == "bank":
+            capacity = told.get("capacity") if capacity is None else capacity
+            rank = told.get("rank") if rank is None else rank
+            stacks, bases = room(self.path, self.adapter_inputs, capacity, rank)
+            self._bank = Bank(stacks, self._cache, self.device, told.get("tenants", {}), bases)
+            self._fits = one_slot(self.adapter_inputs)
+        elif capacity is not None or rank is not None:
+            raise SessionError(
+                f"capacity= and rank= are for a graph with a bank of adapters (adapters='bank'); {str(path)!r} has none"
+            )
+        else:
+            self._fits = self.adapter_inputs
+
+    @property
+    def checked(self) -> bool | None:
+        """Whether the graph was compared with torch when it was exported; None where no manifest says."""
+        return None if self.manifest is None else bool(self.manifest.get("checked", True))
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+    @property
+    def adapters(self) -> dict[str, LoadedAdapter]:
+        """The adapters in memory by name (a copy)."""
+        return self._cache.loaded()
+
+    @property
+    def registered(self) -> dict[str, Path]:
+        """Every name the session knows, in memory or not, and its file (a copy)."""
+        return {name: source.path for name, source in self._cache.sources().items()}
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Of a graph with a bank: the tenants that sit in a slot now, and the slot. Tenants move; names stay."""
+        return self._bank.tenants() if self._bank is not None else {}
+
+    @property
+    def stats(self) -> AdapterStats:
+        """Counters since the session began, and what is in memory now."""
+        stats = self._cache.stats
+        if self._bank is None:
+            return stats
+        return dataclasses.replace(stats, slot_fills=self._bank.fills, slot_evictions=self._bank.evictions)
+
+    def load(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        replace: bool = False,
+        partial: bool = False,
+        check_base: bool = True,
+    ) -> LoadedAdapter:
+        """Read an `.onnx_adapter` file, expand it where it is structured, and keep it under `name`.
+
+        replace      take the place of an adapter of that name (otherwise an error).
+        partial      allow whole sites (or trained tensors) to be missing; they stay as in the base model.
+        check_base   compare the base weights' fingerprint in the file with the graph's.
+
+        Floating tensors narrower than the graph's are widened, which is exact (float16 into a float32 graph); wider
+        ones would be rounded, and are refused.
+
+        Raises `CheckpointError` for a file that is damaged or something else, `AdapterError` where it does not fit the
+        graph (see `adapterfit.check_fit`) or the byte budget. Nothing is changed then.
+        """
+        self._check_new(name, replace)
+        adapter = self._cache.add(
+            name, Source(path_of(path, "load", AdapterError), partial, check_base), load=True, fresh=not replace
+        )
+        assert adapter is not None
+        if self._bank is not None:
+            self._bank.forget(name)
+            with self._bank.batch([name]):
+                pass  # it has a slot from here on, until others need the slot
+        return adapter
+
+    def register(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        replace: bool = False,
+        partial: bool = False,
+        check_base: bool = True,
+    ) -> None:
+        """Like `load`, but the file is read by the first run that asks for it; what is wrong with it is raised there.
+
+        Raises `AdapterError` where the name is taken or there is no such file.
+        """
+        if not path_of(path, "register", AdapterError).is_file():
+            raise AdapterError(f"register({name!r}, ...): there is no adapter file {str(path)!r}")
+        self._check_new(name, replace)
+        self._cache.add(name, Source(Path(path), partial, check_base), load=False, fresh=not replace)
+        if self._bank is not None:
+            self._bank.forget(name)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Raises `AdapterError` where none has that name."""
+        if self._bank is not None and name in self._bank.baked and name not in self._cache.sources():
+            self._bank.forget(name)
+            return
+        self._cache.remove(name)
+        if self._bank is not None:
+            self._bank.forget(name)
+
+    def _check_new(self, name: str, replace: bool) -> None:
+        if not replace and name in self.slots:
+            raise AdapterError(f"the graph has a tenant {name!r} already; pass replace=True, or unload it first")
+        if self._bank is not None:
+            self._bank.check_room_for(name)
+
+    def _read(self, name: str, source: Source) -> tuple[LoadedAdapter, str]:
+        """One file, read, expanded, checked against the graph, and on the device."""
+        if not self.adapter_inputs:
+            raise AdapterError(
+                f"{str(self.path)!r} takes no adapters, it has no inputs for them: export it with "
+                "adapters='swappable' or 'bank'"
+            )
+        content = read_adapter(source.path)
+        values = content.values
+        own = (self.manifest or {}).get("own")
+        if own is not None:
+            check_config(name, content.described, own)
+        elif content.described is not None:
+            values = self._expand(content.described, values, f"adapter {name!r} in {str(source.path)!r}")
+        values = widened_to(values, self._fits)
+        ranks = check_fit(name, values, self._fits, source.partial)
+        if self._bank is not None:
+            check_room(name, values, self._bank.stacks)
+        expected = (self.manifest or {}).get("fingerprint")
+        # Files of other writers carry no fingerprint, and that of a partial adapter covers other sites by design.
+        ours = expected is not None and content.adapter_version in (EXPANDED, STRUCTURED)
+        if source.check_base and ours and not source.partial and content.model_version != expected:
+            raise AdapterError(
+                f"adapter {name!r} was trained on other base weights than this graph holds (fingerprint "
+                f"{content.model_version:08x}, the graph's is {expected:08x}); check_base=False loads it all the same"
+            )
+        size = sum(tensor.nbytes for tensor in values.values())
+        # A bank copies a tenant into its stacks; elsewhere the values are fed as they are.
+        placed = values if self._bank else {key: to_ort(tensor, self.device) for key, tensor in values.items()}
+        return LoadedAdapter(name, ranks, size, dict(placed), source.serial), content.digest()
+
+    # -- running -----------------------------------------------------------------------------------------------------
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        adapter: str | Sequence[str] | Mapping[str, float] | None = None,
+        adapter_ids: Sequence[str | int | None] | np.ndarray | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Run the graph once and return {output name: array}.
+
+        inputs       {name: numpy array, torch tensor or nested list} for every name in `inputs` (but for
+                     `adapter_ids`), of the graph's dtypes.
+        adapter      a loaded or registered adapter's name, None for the base model; a sequence of names for partial
+                     adapters that set different tensors; {name: weight} for the weighted sum of adapters with
+                     low-rank factors, in a graph without a bank.
+        adapter_ids  of a graph with a bank: the adapter of every sample, by name, or None for the base model. Tenants
+                     that are in no slot are brought into one; the least recently used make room, never one that
+                     another run is using. Slot numbers as in `slots` are taken as long as no slot has changed hands.
+        outputs      the outputs to compute; None is all.
+
+        Raises `SessionError` for inputs or outputs that do not fit, `AdapterError` for adapters.
+        """
+        wanted = list(self.outputs) if outputs is None else list(outputs)
+        unknown = [name for name in wanted if name not in self.outputs]
+        if unknown or not wanted:
+            raise SessionError(f"unknown outputs {listing(unknown)}; the graph has {listing(self.outputs)}")
+        if self._bank is None:
+            if adapter_ids is not None:
+                raise SessionError(
+                    "adapter_ids needs a graph with a bank of adapters (adapters='bank'); this one takes one adapter "
+                    "for the whole batch (adapter=)"
+                )
+            return self._run(check_inputs(inputs, self.inputs, bank=False), self._active(adapter), wanted)
+        arrays = check_inputs(inputs, self.inputs, bank=True)
+        with self._bank.batch(check_ids(arrays, self.inputs, adapter, adapter_ids)) as (slots, stacks):
+            return self._run({**arrays, IDS: slots}, stacks, wanted)
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 64,
+        adapter: str | Sequence[str] | Mapping[str, float] | None = None,
+        adapter_ids: Sequence[str | int | None] | np.ndarray | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> np.ndarray:
+        """Continue prompts with the most likely token, as `model.generate(do_sample=False)` does.
+
+        input_ids       (batch, sequence) token ids, shorter prompts padded on the left; `attention_mask` has zeros
+                        there.
+        max_new_tokens  how many tokens to add at most.
+        adapter         as for `run`, for the whole generation: an adapter replaced meanwhile is used to the end.
+        adapter_ids     as for `run`, of a graph with a bank.
+        eos_token_id    a row ends with any of these and is filled with `pad_token_id` (None: the first of them).
+
+        Needs a graph of `export_onnx(cache=True)`. The cache stays on the session's device from one token to the next.
+        Returns the prompts and what follows them, (batch, sequence + new) int64.
+        """
+        ids, mask = check_prompt(input_ids, attention_mask, max_new_tokens, self.inputs)
+        ends = [] if eos_token_id is None else list(np.atleast_1d(eos_token_id))
+        pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
+        if self._bank is None:
+            if adapter_ids is not None:
+                raise SessionError("adapter_ids needs a graph with a bank of adapters; this one takes adapter=")
+            return self._greedy(self._active(adapter), {}, ids, mask, max_new_tokens, ends, pad)
+        chosen = check_ids({"input_ids": ids}, self.inputs, adapter, adapter_ids)
+        with self._bank.batch(chosen) as (slots, stacks):
+            return self._greedy(stacks, {IDS: slots}, ids, mask, max_new_tokens, ends, pad)
+
+    def _greedy(self, values: Mapping[str, Any], arrays: Mapping[str, Array], *prompt: Any) -> np.ndarray:
+        def step(inputs: Mapping[str, Array], cache: Mapping[str, Any], kept: Sequence[str]) -> Any:
+            logits, *rest = self._call({**inputs, **arrays}, {**cache, **values}, ["logits"], kept)
+            return to_array(logits), dict(zip(kept, rest, strict=True))
+
+        return greedy(step, self.inputs, self.device, *prompt)
+
+    def _run(self, arrays: Mapping[str, Array], values: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
+        results = self._call(arrays, values, wanted)
+        return {name: to_array(value) for name, value in zip(wanted, results, strict=True)}
+
+    def _call(
+        self, arrays: Mapping[str, Array], values: Mapping[str, Any], wanted: Sequence[str], kept: Sequence[str] = ()
+    ) -> list[Any]:
+        """The outputs `wanted`, on the CPU, and those `kept` on the device, as OrtValues."""
+        given, their = self._renamed.inputs, self._renamed.outputs
+        values = {**{given.get(name, name): self._wrap(array) for name, array in arrays.items()}, **values}
+        wanted = [their.get(name, name) for name in wanted]
+        try:
+            if self.binding:
+                return run_bound(self._session, values, wanted, kept, self.device)
+            return list(self._session.run_with_ort_values([*wanted, *kept], values))
+        except Exception as error:  # onnxruntime's classes share no base
+            raise SessionError(f"onnxruntime failed on {str(self.path)!r}: {error}") from error
+
+    def _active(self, adapter: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, Any]:
+        if adapter is None:
+            return {}
+        if isinstance(adapter, str):
+            return self._cache.get(adapter).values
+        if isinstance(adapter, Mapping):
+            weights = check_weights(adapter)
+            if "own" in (self.manifest or {}) and list(weights.values()) != [1.0]:
+                raise AdapterError(
+                    "the graph does the method's arithmetic, and takes one adapter's own tensors: weights need a graph "
+                    "exported with expanded=True"
+                )
+            return self._combine([self._cache.get(name) for name in weights], list(weights.values()))
+        if not isinstance(adapter, Sequence):
+            raise AdapterError(f"adapter={adapter!r}: give a name, several in a list, or weights by name in a dict")
+        if wrong := [name for name in adapter if not isinstance(name, str)]:
+            raise AdapterError(f"adapter={adapter!r}: {wrong[0]!r} is no adapter's name")
+        values: dict[str, Any] = {}
+        owner: dict[str, str] = {}
+        for one in [self._cache.get(name) for name in adapter]:
+            shared = overlap(values, one.values)
+            if shared:
+                raise AdapterError(
+                    f"adapters {owner[shared[0]]!r} and {one.name!r} both set {listing(shared)}: one run takes one "
+                    "value each. Run them one after the other, or combine them before the export"
+                )
+            values.update(one.values)
+            owner.update(dict.fromkeys(one.values, one.name))
+        return values
+
+    def _wrap(self, array: Array) -> Any:
+        if isinstance(array, torch.Tensor):
+            return to_ort(array, self.device)
+        return self._ortvalue.ortvalue_from_numpy(array, self.device.type, self.device.index)
+
+
+def _infos(values: Sequence[Any], names: Mapping[str, str] | None = None) -> dict[str, TensorInfo]:
+    """What a graph takes or gives, by its names or by those that `names` has for them."""
+    named = [((names or {}).get(value.name, value.name), value) for value in values]
+    return {name: TensorInfo(name, tuple(value.shape), value.type) for name, value in named}
+
+
+def _check_whole(path: Path, told: Mapping[str, Any] | None, inputs: Any, adapter_inputs: Any) -> None:
+    """Raise `SessionError` where the adapter inputs that the manifest tells of are gone."""
+    if told is None:
+        return
+    sites = told.get("sites", ()) if told["adapters"] != "merged" and "own" not in told else ()
+    begun = {name.rpartition(".")[0] for name in adapter_inputs}
+    heads = {name.removesuffix(DIFFERENCE) for name in adapter_inputs}
+    whole = {name.rpartition(".")[0] for name in told.get("trained", ())}
+    lost = [site for site in sites if site not in begun and site not in whole]
+    lost += [name for name in told.get("trained", ()) if name not in heads]
+    if told["adapters"] == "bank" and IDS not in inputs:
+        lost += [IDS]
+    if lost:
+        raise SessionError(
+            f"{str(path)!r} was exported {told['adapters']!r}, and has no inputs any more for {listing(lost)}: a tool "
+            "that wrote it anew (a quantiser, an optimiser) has taken them for constants, and adapters would have no "
+            "effect. fg.quantize_onnx keeps them; with other tools leave out the nodes that read them"
+        )
+
+
+__all__ = ["AdapterStats", "LoadedAdapter", "OrtSession", "export_ort_adapter"]

@@ -1,0 +1,197 @@
+"""Fold: what cannot change any more becomes constants.
+
+    op(x, *constants)                        ->   lora(x, A, B, 1.0)       projections, B R, alpha: two plain factors
+    linear(x, W, b) + glora(x, ..., fixed)   ->   linear(x, W', b')        a fixed path goes into weight and bias
+    f(constants)                             ->   its value                where an adapter reads it
+
+Runs on programs that own their tensors (`fg.capture`). Tensors in `swappable` are never folded, nor is anything that
+depends on them, or on a tensor that the graph writes. Does not handle operators whose delta depends on the input
+otherwise than by a product (HydraLoRA), and weights too narrow to take a delta in without rounding it away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ...rewriter.analysis.effects import attribute, effect, value
+from ...rewriter.analysis.memory import Memory, erase_unread
+from ...rewriter.dialect import is_dialect, weight_form
+from ...rewriter.halves import split
+from ...rewriter.program import Pass, PassResult, Program, replace_meta
+from ...rewriter.sites import NoMatch
+from ...rewriter.targets import matches
+from ..methods.lora import lora
+from .products import one_product, summed
+
+
+@dataclass(frozen=True)
+class Fold(Pass):
+    """See the module's A -> B lines. Not in place: the given program keeps its tensors.
+
+    Args:
+        swappable: names of tensors that stay as they are, as in `Spec.targets` (globs, `re:`, endings).
+    """
+
+    swappable: tuple[str, ...] = ()
+
+    in_place = False
+
+    def run(self, program: Program) -> PassResult:
+        memory = Memory(program.graph)
+        values = Constants(program.graph_module, self.swappable, memory)
+        count, no_matches = 0, []
+        for node in list(program.graph.nodes):
+            if not is_dialect(node.target):
+                continue
+            result = self._weight(program, memory, node, values) if node.target in weight_form else None
+            if result is None:
+                result = self._factors(program, node, values)
+            if isinstance(result, NoMatch):
+                no_matches.append(result)
+            else:
+                count += 1
+        if count:
+            erase_unread(program.graph)
+            drop_unused(program.graph_module)
+        return PassResult(program, count > 0, count, tuple(no_matches))
+
+    def _factors(self, program: Program, node: fx.Node, values: Constants) -> NoMatch | bool:
+        parts = split(node)
+        if isinstance(parts, NoMatch):
+            return parts
+        halves, x, arguments = parts
+        if halves.across is None:
+            return NoMatch("its up half is more than a product", node.name)
+        known = values.all(arguments, node)
+        if isinstance(known, NoMatch):
+            return known
+        if node.target is lora and arguments[-1] == 1:
+            return NoMatch("two plain factors already", node.name)
+        with by_itself():
+            known = _widened(known, value(x))
+            A, B = halves.down(*known), halves.across(*known)
+        self._replace(program, node, lora, x, (A, B), 1.0)
+        return True
+
+    def _weight(self, program: Program, memory: Memory, node: fx.Node, values: Constants) -> NoMatch | bool | None:
+        known = values.all(node.args[2:], node)  # behind x and the base's product
+        if isinstance(known, NoMatch):
+            return known
+        x: Any = node.args[0]
+        base = None
+        with by_itself():
+            weight, bias = weight_form[node.target](*_widened(known, value(x)))  # type: ignore[index]
+        given, result = value(x), value(node)
+        if weight.dtype.itemsize < 4 or any(t is not None and t.dtype != weight.dtype for t in (given, result)):
+            return NoMatch(f"a {weight.dtype} weight, or a product in less, would round the delta away", node.name)
+        users = [user for user in node.users if not isinstance(summed(user), NoMatch)]
+        if len(users) == 1 and len(node.users) == 1:
+            product, delta = summed(users[0])  # type: ignore[misc]
+            total = values.all((product.weight, product.bias), node)
+            refused = one_product(memory, users[0], product, delta, x, ())
+            if delta is node and product.x is x and not isinstance(total, NoMatch) and refused is None:
+                base = users[0]
+                with by_itself():
+                    weight = weight + (total[0].t() if product.transposed else total[0])
+                    bias = bias if total[1] is None else total[1] if bias is None else bias + total[1]
+        self._replace(program, base or node, F.linear, x, (weight, bias))
+        return True
+
+    def _replace(
+        self, program: Program, node: fx.Node, target: Any, x: Any, tensors: tuple[Tensor | None, ...], *rest: Any
+    ) -> None:
+        module, graph = program.graph_module, program.graph
+        reads: list[fx.Node | None] = []
+        with graph.inserting_before(node):
+            for tensor in tensors:
+                if tensor is None:
+                    reads.append(None)
+                    continue
+                name = f"folded_{sum(1 for n, _ in module.named_buffers(recurse=False) if n.startswith('folded_'))}"
+                module.register_buffer(name, tensor.detach().contiguous())
+                reads.append(graph.get_attr(name))
+            new = graph.call_function(target, (x, *reads, *rest))
+        replace_meta(new, node, type(self).__name__)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def by_itself() -> Iterator[None]:
+    """Values that are kept: no gradients, and no rounding by an autocast that happens to be on."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _widened(known: list[Any], like: Tensor | None) -> list[Any]:
+    """The tensors in the dtype of the input where theirs is coarser: the operator casts before it multiplies."""
+
+    def wide(tensor: Any) -> Any:
+        if like is None or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.promote_types(tensor.dtype, like.dtype))
+
+    return [wide(tensor) for tensor in known]
+
+
+class Constants:
+    """Values of the nodes that depend on nothing but tensors which stay as they are."""
+
+    def __init__(self, module: fx.GraphModule, swappable: tuple[str, ...], memory: Memory) -> None:
+        self.module, self.swappable, self.memory = module, swappable, memory
+        self._known: dict[fx.Node, Tensor | NoMatch] = {}
+
+    def all(self, arguments: tuple[Any, ...], at: fx.Node) -> list[Any] | NoMatch:
+        nodes: list[fx.Node] = []
+        fx.node.map_arg(arguments, nodes.append)
+        for node in nodes:
+            if isinstance(value := self.of(node), NoMatch):
+                return NoMatch(value.reason, at.name)
+        return list(fx.node.map_aggregate(arguments, lambda a: self.of(a) if isinstance(a, fx.Node) else a))  # type: ignore[arg-type]
+
+    def of(self, node: fx.Node) -> Any:
+        if node not in self._known:
+            self._known[node] = self._evaluate(node)
+        return self._known[node]
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if (written := self.memory.written(node)) is not None:
+            return written
+        if node.op == "get_attr":
+            name = str(node.target)
+            if any(matches(name, pattern) for pattern in self.swappable):
+                return NoMatch(f"{name} is swappable", node.name)
+            return attribute(node)
+        if node.op != "call_function" or not node.all_input_nodes or not effect(node).pure:
+            return NoMatch(f"{node.name} is no constant", node.name)
+        if (switched := self.memory.modes()) is not None:
+            return switched
+        arguments = self.all(node.args, node)
+        if isinstance(arguments, NoMatch) or node.kwargs:
+            return arguments if isinstance(arguments, NoMatch) else NoMatch("keyword arguments", node.name)
+        with by_itself():
+            return node.target(*arguments)  # type: ignore[operator]
+
+
+def drop_unused(module: fx.GraphModule) -> None:
+    """Let go of the tensors nobody reads any more."""
+    read = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
+    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        if name in read or any(name.startswith(f"{target}.") for target in read):
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner: nn.Module = module.get_submodule(path)
+        del (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf]
+    module.delete_all_unused_submodules()

@@ -1,0 +1,134 @@
+"""Siblings: adapters that read the same input (q, k and v; gate and up) go down in one product.
+
+    op(x, *a), op'(x, *b)   ->   z = go_down(x, [down(*a), down'(*b)]); up(z[0], *a), up'(z[1], *b)
+
+`x` is read once instead of once per adapter. The A of HydraLoRA and its router go along. Does not handle operators
+without halves (GLoRA), inputs that dropout changes for one of them, nodes of which one depends on another, or nodes
+between which something writes what they read or a mode (autocast, gradients) changes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ...rewriter.analysis.dataflow import can_fuse, dependencies, siblings
+from ...rewriter.analysis.effects import register_effect
+from ...rewriter.analysis.memory import Memory, together
+from ...rewriter.dialect import cast, is_dialect
+from ...rewriter.halves import split
+from ...rewriter.program import Pass, PassResult, Program, replace_meta
+from ...rewriter.sites import NoMatch
+from .cost import joined_down_pays
+from .products import coarse, least_dimension, rows, value
+
+
+def go_down(x: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
+    """`x F^T` for every factor `(q, in)`, as one product: x `(..., in)` -> `(..., q)` each."""
+    joined = F.linear(x, cast(torch.cat(factors), x))
+    return joined.split([factor.shape[0] for factor in factors], -1)
+
+
+register_effect(go_down, fresh=True)
+
+
+@dataclass(frozen=True)
+class Siblings(Pass):
+    """See the module's A -> B lines. Works in place.
+
+    Args:
+        always: leave the cost rule out.
+    """
+
+    always: bool = False
+
+    def run(self, program: Program) -> PassResult:
+        graph = program.graph
+        found: dict[fx.Node, Any] = {}
+        no_matches = []
+        for node in graph.nodes:
+            if is_dialect(node.target):
+                parts = split(node)
+                if isinstance(parts, NoMatch):
+                    no_matches.append(parts)
+                elif (reason := coarse(parts[1], parts[2], node)) is not None:
+                    no_matches.append(reason)
+                else:
+                    found[node] = parts
+        count = 0
+        flow = dependencies(graph)
+        memory = Memory(graph)
+
+        def apart(run: list[fx.Node], node: fx.Node) -> NoMatch | None:
+            _, x, arguments = found[node]
+            reason = late(arguments, run[0]) or memory.changed((x, *arguments), run[0], node)
+            no_matches.extend([reason] if reason else [])
+            return reason
+
+        runs = [
+            run
+            for group in siblings(graph, lambda node: found[node][1] if node in found else None)
+            for run in together(group, apart)
+        ]
+        for nodes in runs:
+            if len(nodes) == 1:
+                continue
+            reason = can_fuse(flow, nodes) or self._refused(program, nodes, found)
+            if reason is not None:
+                no_matches.append(reason)
+                continue
+            self._join(graph, nodes)
+            count += len(nodes)
+        return PassResult(program, count > 0, count, tuple(no_matches))
+
+    def _refused(self, program: Program, nodes: list[fx.Node], found: dict[fx.Node, Any]) -> NoMatch | None:
+        if self.always:
+            return None
+        x = found[nodes[0]][1]
+        seen, ranks = value(x), sum(least_dimension(found[node][2]) for node in nodes)
+        inner, device = (int(seen.shape[-1]), seen.device.type) if seen is not None else (0, "cpu")
+        verdict = joined_down_pays(rows(x), inner, ranks, len(nodes), device, program.training)
+        return None if verdict else NoMatch(f"{len(nodes)} products stay apart: {verdict.reason}", nodes[0].name)
+
+    def _join(self, graph: fx.Graph, nodes: list[fx.Node]) -> None:
+        at = nodes[0]
+        found: dict[fx.Node, Any] = {node: split(node) for node in nodes}  # as earlier groups left them
+        bring(at, [a for n in nodes for a in found[n][2]])
+        x = found[at][1]
+        with graph.inserting_before(at):
+            downs = [graph.call_function(found[n][0].down, found[n][2]) for n in nodes]
+            joined = graph.call_function(go_down, (x, downs))
+        for index, node in enumerate(nodes):
+            halves, _, arguments = found[node]
+            with graph.inserting_before(node):
+                z = graph.call_function(operator.getitem, (joined, index))
+                new = graph.call_function(halves.up, (z, *arguments))
+            replace_meta(new, node, type(self).__name__)
+            new.meta[HALVES] = halves
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+
+
+def late(values: Iterable[Any], at: fx.Node) -> NoMatch | None:
+    """A value that is made behind a node and is neither a constant nor an item of what is made before it."""
+    for node in values:
+        if not isinstance(node, fx.Node) or node < at or node.op == "get_attr":
+            continue
+        if node.target is not operator.getitem or any(at < made for made in node.all_input_nodes):
+            return NoMatch(f"{node.name} is made behind {at.name}", at.name)
+    return None
+
+
+def bring(at: fx.Node, values: Iterable[Any]) -> None:
+    """Put those of these values that are read further down, and are not `late`, in front of a node."""
+    for node in dict.fromkeys(v for v in values if isinstance(v, fx.Node) and at < v):
+        at.prepend(node)
+
+
+HALVES = "fxgraft_halves"  # in the meta of an up half: how the operator it came from splits

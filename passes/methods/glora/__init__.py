@@ -1,0 +1,1 @@
+"""GLoRA (arXiv 2306.07967): the method, its paths, and the search for them."""

@@ -1,0 +1,1 @@
+"""HydraLoRA (arXiv 2404.19245): the method, how many experts it wants, and what its adapters share."""

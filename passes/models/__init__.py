@@ -1,0 +1,1 @@
+"""Steps over whole models: many adapters in one, merged, combined, or opened into plain tensors."""

@@ -1,0 +1,153 @@
+"""Low-rank adapters of any method as plain factors: what every consumer that knows only `(x A) B` can take.
+
+    fxgraft::<method>(x, ...)  ->  (x @ A) @ B        A (in, r), B (r, out), every scale folded into B
+
+Does not handle methods that are not a low-rank product (GLoRA, HydraLoRA): they are refused with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...rewriter.api import adapter_modules, base_of, graft_adapter, trained_modules
+from ...rewriter.errors import MergeError
+from ...rewriter.sites import Site
+from ...rewriter.spec import Spec, Target
+from ...rewriter.state import AdapterRecord, M, lookup, record_of, unwrap
+from ..methods.lora import LoRA
+
+
+def low_rank(root: nn.Module, name: str) -> AdapterRecord:
+    """The record of an adapter; `MergeError` with the reason where it has no low-rank factors."""
+    record = record_of(root, name)
+    for group in record.groups:
+        if group.method.not_low_rank:
+            raise MergeError(
+                f"adapter {name!r} ({type(group.method).__name__}) has no low-rank factors: {group.method.not_low_rank}"
+            )
+    return record
+
+
+def linear_factors(adapted: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each site `A (r, in)` and `B (out, r)` with `delta W = B A`, in float32 (or wider), scales folded into B."""
+    root = unwrap(adapted)
+    record = low_rank(root, name)
+    found = {}
+    with torch.no_grad():
+        for _, tensors in adapter_modules(root, name, record):
+            if tensors.site is None:
+                continue
+            shared = {k: wide(t) for k, t in tensors.shared_tensors().items()}
+            local = {k: wide(t) for k, t in tensors.tensors().items()}
+            found[tensors.site.name] = tensors.method.factors(shared, local)
+    return found
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 where it is narrower, detached."""
+    return tensor.detach().float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor.detach()
+
+
+def factors(adapted: nn.Module, name: str = "default") -> dict[str, tuple[Tensor, Tensor]]:
+    """For each site `A (in, r)` and `B (r, out)`, contiguous, in the dtype of the base weight, scales folded into B."""
+    root = unwrap(adapted)
+    dtypes = {site.name: compute_dtype(root, site) for site in record_of(root, name).sites}
+    return {
+        site: (A.t().to(dtypes[site]).contiguous(), B.t().to(dtypes[site]).contiguous())
+        for site, (A, B) in linear_factors(root, name).items()
+    }
+
+
+def compute_dtype(root: nn.Module, site: Site) -> torch.dtype:
+    """The dtype of the base weight, float32 for one that is quantised."""
+    weight = lookup(root, site.owner)._parameters[site.weight]
+    assert weight is not None
+    return weight.dtype if weight.is_floating_point() else torch.float32
+
+
+def trained(adapted: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The values of the modules the adapter trains in full, under their base state-dict keys."""
+    root = unwrap(adapted)
+    return {
+        f"{path}.{key}": tensor.detach()
+        for path, module in trained_modules(root, name, record_of(root, name)).items()
+        for key, tensor in module.state_dict().items()
+    }
+
+
+def sites_as_targets(sites: Sequence[Site]) -> tuple[Target | str, ...]:
+    """Targets that name exactly these sites, whatever patterns found them."""
+    whole = [re.escape(s.name) for s in sites if s.whole]
+    targets: list[Target | str] = ["re:" + "|".join(whole)] if whole else []
+    parts: dict[str, list[Site]] = {}
+    for site in sites:
+        if not site.whole:
+            parts.setdefault(site.name.rpartition("[")[0], []).append(site)
+    for stem, cut in parts.items():
+        targets.append(Target(f"re:{re.escape(stem)}", cut[0].parts, tuple(s.part for s in cut)))
+    return tuple(targets)
+
+
+def to_lora(adapted: M, name: str = "default") -> M:
+    """The same function as a plain LoRA: exact for LoRA, LoRA-XS, LoRA-SB, Uni-LoRA and PRoLoRA.
+
+    Returns a new adapted model with the one adapter, under the same name, that is a `LoRA` with `alpha = rank`;
+    modules the adapter trains come along. Factors are computed in float32.
+
+    Raises:
+        MergeError: the method is not a low-rank product; the text says why.
+    """
+    root = unwrap(adapted)
+    record = low_rank(root, name)
+    values = linear_factors(root, name)
+    result = as_lora(base_of(root), name, values, record.sites, record.spec.train, record.spec.keep_ties)
+    with torch.no_grad():
+        copies = trained_modules(result, name, record_of(result, name))
+        for path, module in trained_modules(root, name, record).items():
+            copies[path].load_state_dict(module.state_dict())
+    return result.train(root.training)
+
+
+def as_lora(
+    model: M,
+    name: str,
+    values: Mapping[str, tuple[Tensor, Tensor]],
+    sites: Sequence[Site],
+    train: Sequence[str],
+    keep_ties: bool = False,
+) -> M:
+    """The model with a LoRA of these factors grafted in; modules in `train` are the base's still.
+
+    Args:
+        values: site name -> `A (r, in)`, `B (out, r)`, every scale in them; ranks may differ.
+    """
+    ranks = {site.name: values[site.name][0].shape[0] for site in sites}
+    stems = {site.name: site.name if site.whole else site.name.rpartition("[")[0] for site in sites}
+    for stem in {stems[site.name] for site in sites if not site.whole}:  # one rank for all parts of a weight
+        parts = [n for n in stems if stems[n] == stem]
+        ranks |= dict.fromkeys(parts, max(ranks[n] for n in parts))
+    most = max(set(ranks.values()), key=list(ranks.values()).count)
+    others: dict[int, list[str]] = {}
+    for site, rank in ranks.items():
+        if rank != most and re.escape(stems[site]) not in others.setdefault(rank, []):
+            others[rank].append(re.escape(stems[site]))
+    spec = Spec(
+        LoRA(rank=most, alpha=most),
+        targets=sites_as_targets(sites),
+        train=tuple(train),
+        keep_ties=keep_ties,
+        overrides={f"re:{'|'.join(stems)}": LoRA(rank=r, alpha=r) for r, stems in others.items()},
+    )
+    result = graft_adapter(model, spec, name, initialise=False)
+    with torch.no_grad():
+        for _, tensors in adapter_modules(result, name, record_of(result, name)):
+            assert tensors.site is not None
+            A, B = values[tensors.site.name]
+            for slot, value in ((tensors._parameters["A"], A), (tensors._parameters["B"], B)):
+                assert slot is not None
+                slot.zero_()[: value.shape[0], : value.shape[1]].copy_(value)
+    return result

@@ -1,0 +1,220 @@
+"""Adapted model -> twin that computes its adapters from tensors a graph can take as inputs.
+
+    fxgraft::<method>(x, ...)        ->  the method's form, plain products of x and the tensors; low-rank: (x A) B
+    fxgraft::bank_<...>(x, ids, ...) ->  the same with the tensors of every sample's slot
+    W, b of a method without a form  ->  W', b' in whole (GLoRA)
+
+Does not handle a method that has none of the three: it is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ...rewriter.api import adapter_modules, base_of, graft_adapter, trained_modules
+from ...rewriter.errors import MergeError
+from ...rewriter.method import BankMethod, Method, OpenForm, Tensors
+from ...rewriter.sites import Site
+from ...rewriter.spec import Spec
+from ...rewriter.state import AdapterTensors, base_modules, find_state, lookup, record_of, strip_wrappers, unwrap
+from ...rewriter.targets import resolve
+from ..methods.dense_bank import DenseBank
+from ..methods.factor_forms import Factors
+from .factors import compute_dtype, sites_as_targets, wide
+from .merge import fold_weights, follow, put_values
+
+FORMS = "factors"  # name of the adapter in a twin
+
+Placed = Mapping[str, tuple[Method, Mapping[str, Tensor]]]  # site name -> method in the twin, its tensors
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A model over the same base tensors whose adapters are plain tensors.
+
+    Args:
+        module: the twin; modules the adapter trains stand under their base keys with the trained values.
+        sites: site name -> the form there and its tensors, in the dtype of the base weight.
+        keys: site name -> tensor of the form -> its state-dict key in the twin.
+        whole: state-dict key -> merged tensor, of the sites without a form.
+    """
+
+    module: nn.Module
+    sites: dict[str, tuple[type[OpenForm], dict[str, Tensor]]]
+    keys: dict[str, dict[str, str]]
+    whole: dict[str, Tensor]
+
+
+def form_of(method: Method) -> type[OpenForm] | None:
+    """The form of one adapter of this method at a site; None where only its whole weight will do."""
+    own = method.form()
+    return Factors if own is None and not method.not_low_rank else own
+
+
+def read_form(method: Method, shared: Tensors, local: Tensors) -> tuple[type[OpenForm], dict[str, Tensor]]:
+    """The form of one site and its tensors, from the method's own; computed in float32 (or wider)."""
+    form = form_of(method)
+    if form is None:
+        raise MergeError(f"{type(method).__name__} has no form a graph takes as inputs: {method.not_low_rank}")
+    return form, form.read(method, _wide(shared), _wide(local))
+
+
+def _wide(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: wide(tensor) for name, tensor in tensors.items()}
+
+
+def _whole(tensors: AdapterTensors) -> bool:
+    """Whether a site can be given to a graph as its whole weight only."""
+    return tensors.site is not None and form_of(tensors.method) is None
+
+
+@torch.no_grad()
+def form_values(adapted: nn.Module, name: str) -> dict[str, tuple[type[OpenForm], dict[str, Tensor]]]:
+    """For each site that has a form the form and its tensors, contiguous, in the dtype of the base weight."""
+    root = unwrap(adapted)
+    found = {}
+    for _, tensors in adapter_modules(root, name, record_of(root, name)):
+        site = tensors.site
+        if site is None or _whole(tensors):
+            continue
+        form, values = read_form(tensors.method, tensors.shared_tensors(), tensors.tensors())
+        dtype = compute_dtype(root, site)
+        found[site.name] = form, {key: value.to(dtype).contiguous() for key, value in values.items()}
+    return found
+
+
+def whole_weights(adapted: nn.Module, name: str) -> dict[str, Tensor]:
+    """State-dict key -> merged weight, and bias, of every site that has no form. A bias the base lacks is there too,
+    as some paths of a method add one."""
+    root = unwrap(adapted)
+    replaced = fold_weights(root, name, _whole)
+    for path, attribute in list(replaced):
+        owner, key = lookup(root, path), (path, "bias")
+        if attribute != "bias" and key not in replaced and "bias" in owner._parameters:
+            replaced[key] = _bias(owner, replaced[path, attribute], _site_at(root, name, path))
+    return {f"{path}.{attribute}".lstrip("."): tensor for (path, attribute), tensor in replaced.items()}
+
+
+def _site_at(root: nn.Module, name: str, path: str) -> Site:
+    return next(site for site in record_of(root, name).sites if site.owner == path)
+
+
+def _bias(owner: nn.Module, weight: Tensor, site: Site) -> Tensor:
+    own = owner._parameters["bias"]
+    return weight.new_zeros(weight.shape[1 - site.contracted]) if own is None else own.detach()
+
+
+def base_weights(base: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the base model has at the keys of `whole_weights`; zeros for a bias it lacks."""
+    state = base.state_dict()
+    return {key: state[key].detach() if key in state else torch.zeros_like(tensor) for key, tensor in whole.items()}
+
+
+def opened(adapted: nn.Module, name: str = "default") -> Twin:
+    """The twin of a model with the one adapter, in the mode (train or eval) of the model.
+
+    Raises:
+        MergeError: a site's method has no form and cannot be folded into the weight either; the text says why.
+    """
+    root = unwrap(adapted)
+    record = record_of(root, name)
+    values, whole = form_values(root, name), whole_weights(root, name)
+    plain = strip_wrappers(base_of(root))
+    modules = dict(base_modules(plain))
+    for path, module in trained_modules(root, name, record).items():
+        put_values(modules[path], module)
+    follow(plain, record.ties)
+    for key, tensor in whole.items():
+        path, _, attribute = key.rpartition(".")
+        modules[path].register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
+    placed = {site: (form(sizes=(form.sizes_of(tensors),)), tensors) for site, (form, tensors) in values.items()}
+    module, keys = _grafted(plain, record.sites, placed)
+    return Twin(module, values, keys, whole)
+
+
+@torch.no_grad()
+def opened_bank(banked: nn.Module, name: str, slots: int) -> Twin:
+    """The twin of a bank: stacks of the first `slots` slots. Heads stay `DenseBank` stacks, and have a form of None."""
+    root = unwrap(banked)
+    record = record_of(root, name)
+    placed: dict[str, tuple[Method, Mapping[str, Tensor]]] = {}
+    values: dict[str, tuple[type[OpenForm], dict[str, Tensor]]] = {}
+    for _, stacks in adapter_modules(root, name, record):
+        site, method = stacks.site, stacks.method
+        if site is None:
+            continue
+        assert isinstance(method, BankMethod)
+        dtype = compute_dtype(root, site)
+        if isinstance(method, DenseBank):
+            local = {key: stack[:slots].to(dtype).contiguous() for key, stack in stacks.tensors().items()}
+            placed[site.name] = replace(method, slots=slots), local
+            continue
+        form, tensors = method.opened(_wide(stacks.shared_tensors()), _wide(stacks.tensors()))
+        tensors = {key: stack[:slots].to(dtype).contiguous() for key, stack in tensors.items()}
+        values[site.name] = form, tensors
+        placed[site.name] = form(sizes=(form.sizes_of(tensors),)), tensors
+    module, keys = _grafted(strip_wrappers(base_of(root)), record.sites, placed)
+    copy_rows(root, name, module)
+    return Twin(module, values, keys, {})
+
+
+def copy_rows(banked: nn.Module, name: str, twin: nn.Module) -> None:
+    """Tell the sites of a bank's twin what was found out about the bank's: how the samples lie in their inputs."""
+    sites = (tensors for _, tensors in adapter_modules(banked, name, record_of(banked, name)))
+    rows = {tensors.site.name: tensors.rows for tensors in sites if tensors.site is not None}
+    if find_state(twin) is not None:
+        for _, tensors in adapter_modules(twin, FORMS, record_of(twin, FORMS)):
+            if tensors.site is not None:
+                tensors.rows = rows[tensors.site.name]
+
+
+def _grafted(plain: nn.Module, sites: Sequence[Site], placed: Placed) -> tuple[nn.Module, dict[str, dict[str, str]]]:
+    """Graft these methods with these tensors; the model, and site -> tensor -> state-dict key."""
+    sites = [site for site in sites if site.name in placed]
+    if not sites:
+        return plain, {}
+    kinds = {type(method) for method, _ in placed.values()}
+    names = {kind: [n for n, (method, _) in placed.items() if type(method) is kind] for kind in kinds}
+    main = max(kinds, key=lambda kind: len(names[kind]))
+    targets = sites_as_targets(sites)
+    # Sizes count in the order in which the model's sites are found.
+    order = [site.name for site, _ in resolve(plain, Spec(Factors(), targets=targets)).sites]
+    assert sorted(order) == sorted(placed), (order, placed.keys())
+    methods = {kind: _joined([placed[name][0] for name in order if name in names[kind]]) for kind in kinds}
+    overrides = {
+        "re:" + "|".join(sorted({_weight_name(name) for name in names[kind]})): methods[kind]
+        for kind in kinds
+        if kind is not main
+    }
+    dtypes = {tensor.dtype for _, tensors in placed.values() for tensor in tensors.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    spec = Spec(methods[main], targets=targets, overrides=overrides)
+    twin = graft_adapter(plain, spec, FORMS, dtype=dtype, initialise=False)
+    keys = {}
+    with torch.no_grad():
+        for _, tensors in adapter_modules(twin, FORMS, record_of(twin, FORMS)):
+            if tensors.site is None:
+                continue
+            site = tensors.site
+            stem = ".".join(part for part in (site.owner, "fxgraft", FORMS, site.key) if part)
+            for key, value in placed[site.name][1].items():
+                tensors.tensors()[key].copy_(value)
+            keys[site.name] = {key: f"{stem}.{key}" for key in tensors.tensors()}
+    return twin, keys
+
+
+def _joined(methods: Sequence[Method]) -> Method:
+    """One method for several sites: the sizes of all of them."""
+    first = methods[0]
+    if not isinstance(first, OpenForm):
+        return first
+    return replace(first, sizes=tuple(method.sizes[0] for method in methods if isinstance(method, OpenForm)))
+
+
+def _weight_name(site: str) -> str:
+    return re.escape(site.rpartition("[")[0] if site.endswith("]") else site)

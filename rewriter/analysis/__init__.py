@@ -1,0 +1,1 @@
+"""Questions asked of a graph: who writes, who shares memory, who reads what."""

@@ -1,0 +1,1 @@
+"""What belongs to one call of a model: what it is told, and whether adapters are off in it."""

@@ -1,0 +1,1 @@
+"""What an adapted model's modules need beside their forward: other libraries' wrappers, shards, hooks, stand-ins."""
