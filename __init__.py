@@ -26,7 +26,6 @@ from .passes.models.combine import combine
 from .passes.models.factors import to_lora
 from .passes.models.merge import merge
 from .rewriter.adapter_state import AdapterState
-from .rewriter.api import active, active_weights, adapter_state, disabled, remove, rewrite, set_active
 from .rewriter.errors import (
     AdapterError,
     CaptureError,
@@ -46,7 +45,10 @@ from .rewriter.exported_program import capture
 from .rewriter.materialise import materialise
 from .rewriter.parameter_groups import parameter_groups
 from .rewriter.program import Program
+from .rewriter.rewrite import rewrite
 from .rewriter.spec import Spec, Target
+from .rewriter.switch import active, active_weights, disabled, remove, set_active
+from .rewriter.tensors import adapter_state
 
 __version__ = "0.1.0"
 __all__ = [

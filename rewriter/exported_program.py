@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from .create import graft_adapter
 from .errors import CaptureError
 from .program import Program
 from .spec import Spec
@@ -26,8 +27,6 @@ def rewrite_exported(
     Raises:
         CaptureError: the program carries no example inputs to be exported again with.
     """
-    from .api import graft_adapter
-
     if program.example_inputs is None:
         raise CaptureError("this ExportedProgram has no example inputs; make it again with torch.export.export")
     gm = program.module(check_guards=False)

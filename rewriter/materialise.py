@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import adapter_modules, trained_modules
 from .errors import AdapterError, listing
 from .method import InitContext
 from .modules.pending import missing, settle
 from .state import AdapterTensors, Group, M, grafted_modules, record_of, state_of, unwrap
+from .tensors import adapter_modules, trained_modules
 
 
 @torch.inference_mode(False)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .api import adapter_modules, trained_modules
 from .errors import AdapterError, listing
 from .state import base_modules, state_of, unwrap
+from .tensors import adapter_modules, trained_modules
 
 
 def parameter_groups(

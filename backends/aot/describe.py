@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...rewriter import api
 from ...rewriter.adapter_state import methods_of, methods_to_dict
 from ...rewriter.errors import ExportError
 from ...rewriter.state import record_of
+from ...rewriter.tensors import adapter_modules, adapter_state, trained_modules
 from ..artifact.signature import Axes, Example, named_tensors, symbols
 
 
@@ -80,15 +80,15 @@ def describe_adapter(twin: nn.Module, name: str, held: set[Any]) -> dict[str, An
     record = record_of(twin, name)
     names = {id(t): fqn for fqn, t in [*twin.named_parameters(), *twin.named_buffers()]}
     tensors: dict[str, tuple[Tensor, str]] = {}
-    for prefix, module in api.adapter_modules(twin, name, record):
+    for prefix, module in adapter_modules(twin, name, record):
         for key, tensor in module.tensors().items():
             role = "trainable" if key in module._parameters else "frozen"
             tensors[prefix + key] = tensor, role
-    for path, head in api.trained_modules(twin, name, record).items():
+    for path, head in trained_modules(twin, name, record).items():
         for key, tensor in head.state_dict(keep_vars=True).items():
             tensors[f"{path}.{key}"] = tensor, "head"
     described = {}
-    for key in api.adapter_state(twin, name):
+    for key in adapter_state(twin, name):
         tensor, role = tensors[key]
         fqn = names[id(tensor)]
         described[key] = {

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.adapter_state import AdapterState, SiteMethod, check_same_function, methods_from_dict
-from ...rewriter.api import state_from
 from ...rewriter.errors import AdapterError, PackageError, listing, near_misses
+from ...rewriter.tensors import state_from
 from .package_manifest import State, check_machine, read
 
 _TRIES = 5  # of a load that finds its file replaced

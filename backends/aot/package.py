@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...passes.graph import pipelines
-from ...rewriter import api
 from ...rewriter.capture.skeleton import copy_skeleton
 from ...rewriter.errors import AdapterError, ExportError, listing
 from ...rewriter.exported_program import capture
 from ...rewriter.state import find_state, record_of, strip_wrappers, unwrap
+from ...rewriter.switch import active, set_active
+from ...rewriter.tensors import adapter_state
 from ..artifact.parity import tolerance_of
 from ..artifact.signature import Example, automatic_axes, bind, check_sizes, given_axes, named_tensors
 from ..artifact.staging import staged
@@ -141,14 +142,14 @@ def _twin(root: nn.Module, name: str | None) -> tuple[nn.Module, list[str]]:
     twin = strip_wrappers(copy_skeleton(root))
     if name is not None:
         record_of(twin, name)
-        api.set_active(twin, [name])
+        set_active(twin, [name])
     for module in twin.modules():  # exported graphs refuse .eval()
         module.training = False
-    return twin, api.active(twin) if find_state(twin) else []
+    return twin, active(twin) if find_state(twin) else []
 
 
 def _values(twin: nn.Module, name: str) -> dict[str, Tensor]:
-    state = {key: tensor.cpu().contiguous().clone() for key, tensor in api.adapter_state(twin, name).items()}
+    state = {key: tensor.cpu().contiguous().clone() for key, tensor in adapter_state(twin, name).items()}
     if bad := [k for k, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
         raise AdapterError(f"adapter {name!r} has NaN or infinite values in {listing(bad)}; nothing was written")
     return state

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...rewriter import api
 from ...rewriter.errors import ExportError
+from ...rewriter.tensors import swap
 from ..artifact.parity import Parity, array, hold, reference, sizes_of
 from ..artifact.random_inputs import fresh
 from ..artifact.signature import Axes, Example, named_tensors, other_sizes
@@ -46,7 +46,7 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     for name in package.adapters:
         other = {key: _moved(tensor, generator) for key, tensor in package.adapter_state(name).items()}
-        api.swap(model, other, name)
+        swap(model, other, name)
         package.swap(other, name)
         checks.append(_compared(package, model, example, tensors, f"other values in {name!r}", tolerance))
     return checks

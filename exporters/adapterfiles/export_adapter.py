@@ -12,9 +12,9 @@ import torch
 from ...backends.artifact.staging import staged
 from ...passes.models.factors import trained
 from ...passes.models.opened import form_values, whole_weights
-from ...rewriter.api import base_of
 from ...rewriter.errors import ExportError
 from ...rewriter.state import record_of, unwrap
+from ...rewriter.switch import base_of
 from . import graph_manifest as manifest
 from .adapter_format import EXPANDED, STRUCTURED, AdapterFile, leave_frozen, read_adapter, write_file
 from .fit import finite

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ...passes.models.factors import compute_dtype, trained
 from ...passes.models.opened import read_form
-from ...rewriter.api import adapter_modules, trained_modules
 from ...rewriter.errors import CheckpointError, MergeError, SpecError, listing
 from ...rewriter.method import Decl, Declaration, Method, Tensors, method_from_dict
 from ...rewriter.sites import Site
 from ...rewriter.state import record_of, unwrap
+from ...rewriter.tensors import adapter_modules, trained_modules
 
 FORMAT = 1
 # Projections kept for later adapters; int32 indices take as much memory as one float32 adapter.

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ...rewriter.api import adapter_modules, adapter_state, check_shapes, check_state, graft_adapter, write_state
+from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, CheckpointError, SpecError, TargetError
 from ...rewriter.graft_plan import Plan
 from ...rewriter.spec import Spec
 from ...rewriter.state import M, record_of, unwrap
+from ...rewriter.tensors import adapter_modules, adapter_state, check_shapes, check_state, write_state
 from .folder import update_hash
 
 _DERIVED_FREE = 1 << 24  # elements that cost nobody anything

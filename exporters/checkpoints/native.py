@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.api import _live_state
 from ...rewriter.errors import CheckpointError, SpecError, listing
 from ...rewriter.graft_plan import Plan
 from ...rewriter.modules.shards import full, on_first
 from ...rewriter.spec import Spec
 from ...rewriter.state import M, record_of, unwrap
+from ...rewriter.tensors import _live_state
 from .fill import check_derived, derived_hash, filled
 from .folder import CONFIG, WEIGHTS, Stored, check_config_is_theirs, writable, write_folder
 

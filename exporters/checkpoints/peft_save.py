@@ -18,12 +18,12 @@ from ...passes.methods.glora.glora import GLoRA
 from ...passes.methods.lora import LoRA
 from ...passes.methods.unilora.unilora import UniLoRA
 from ...passes.models.factors import trained
-from ...rewriter.api import adapter_modules
 from ...rewriter.errors import CheckpointError, listing
 from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first, reshard
 from ...rewriter.sites import Site
 from ...rewriter.state import AdapterRecord, AdapterTensors, base_modules, grafted_modules, lookup, record_of, unwrap
+from ...rewriter.tensors import adapter_modules
 from .fill import derived_hash
 from .folder import DERIVED, writable, write_folder
 from .foreign_adapter import exactly

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ...rewriter.api import _live_state
 from ...rewriter.errors import CheckpointError, listing
 from ...rewriter.modules.save_hook import SAVE, is_adapter_key, register_writers
 from ...rewriter.modules.shards import full, is_sharded, on_first
 from ...rewriter.state import base_modules, state_of
+from ...rewriter.tensors import _live_state
 from .native import save_native
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)\b.*\.(safetensors|bin|index\.json)")

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ...backends.artifact.bounded_files import as_path
 from ...rewriter.adapter_state import AdapterState
-from ...rewriter.api import adapter_state, base_of
-from ...rewriter.api import swap as swap_state
 from ...rewriter.state import record_of
+from ...rewriter.switch import base_of
+from ...rewriter.tensors import adapter_state
+from ...rewriter.tensors import swap as swap_state
 from . import folder_state
 from .fill import check_derived
 from .folder import adapter_folder, read_folder

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...passes.models import bank as banks
-from ...rewriter.api import base_of
 from ...rewriter.spec import Spec
 from ...rewriter.state import M
+from ...rewriter.switch import base_of
 from .load_save import load_adapter
 
 Tenant = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]

@@ -16,11 +16,11 @@ from ...passes.models.bank import BANK, bank, bank_record, prove_rows
 from ...passes.models.merge import merge
 from ...passes.models.opened import Twin, base_weights, copy_rows, form_of, opened, opened_bank, whole_weights
 from ...rewriter.analysis.dataflow import tied_names
-from ...rewriter.api import active_weights, base_of, set_active
 from ...rewriter.capture.skeleton import copy_skeleton
 from ...rewriter.errors import AdapterError, ExportError
 from ...rewriter.method import ADAPTER_IDS
 from ...rewriter.state import ModelState, find_state, record_of
+from ...rewriter.switch import active_weights, base_of, set_active
 from ..adapterfiles import graph_manifest as manifest
 from ..adapterfiles.export_adapter import swappable_head
 from ..adapterfiles.fit import DIFFERENCE

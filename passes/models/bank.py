@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.api import active, adapter_modules, base_of, graft_adapter
 from ...rewriter.calls.forward_inputs import GUARD, first_tensor
+from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.method import ADAPTER_IDS, BankMethod
 from ...rewriter.spec import Spec
 from ...rewriter.state import AdapterTensors, M, find_state, lookup, record_of, unwrap
+from ...rewriter.switch import active, base_of
+from ...rewriter.tensors import adapter_modules
 from ..methods.dense_bank import DenseBank
 from ..methods.lora_bank import LoRABank
 from .bank_slots import BANK, BankRecord

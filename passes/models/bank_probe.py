@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ...rewriter.api import base_of, graft_adapter
 from ...rewriter.calls.call_values import current, given
+from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError
 from ...rewriter.graft import Emitter
 from ...rewriter.method import Declaration, Room
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec
+from ...rewriter.switch import base_of
 from .factors import sites_as_targets
 
 PROBE = "probe"

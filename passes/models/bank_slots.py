@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.api import adapter_modules
 from ...rewriter.calls.call_values import remembered
 from ...rewriter.calls.forward_inputs import check_batch, first_tensor
 from ...rewriter.errors import AdapterError, listing
 from ...rewriter.method import ADAPTER_IDS
 from ...rewriter.spec import Spec
 from ...rewriter.state import record_of
+from ...rewriter.tensors import adapter_modules
 from .bank_rows import Layout, layouts, merge, rows_of
 
 BANK = "bank"  # the adapter's name, and with an underscore the attribute that holds the record

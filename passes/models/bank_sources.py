@@ -14,21 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.adapter_state import AdapterState
-from ...rewriter.api import (
-    active,
-    active_weights,
-    adapter_modules,
-    check_state,
-    graft_adapter,
-    trained_modules,
-    write_state,
-)
-from ...rewriter.api import adapter_state as state_of_adapter
+from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, TargetError, listing
 from ...rewriter.method import Method
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
 from ...rewriter.state import AdapterTensors, base_modules, record_of, unwrap
+from ...rewriter.switch import active, active_weights
+from ...rewriter.tensors import adapter_modules, check_state, trained_modules, write_state
+from ...rewriter.tensors import adapter_state as state_of_adapter
 
 TENANT = "tenant"  # the adapter's name in a model that is made for it
 

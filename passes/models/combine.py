@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ...rewriter.active_together import check_together, chosen_weights
-from ...rewriter.api import adapter_modules, set_active, trained_modules
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.graft import plain_view
 from ...rewriter.sites import Site
 from ...rewriter.state import M, grafted_modules, record_of, state_of, unwrap
+from ...rewriter.switch import set_active
+from ...rewriter.tensors import adapter_modules, trained_modules
 from .factors import as_lora, low_rank, wide
 from .merge import pull
 

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.api import adapter_modules, base_of, graft_adapter, trained_modules
+from ...rewriter.create import graft_adapter
 from ...rewriter.errors import MergeError
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
 from ...rewriter.state import AdapterRecord, M, lookup, record_of, unwrap
+from ...rewriter.switch import base_of
+from ...rewriter.tensors import adapter_modules, trained_modules
 from ..methods.lora import LoRA
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ...rewriter.active_together import check_together, chosen_weights
 from ...rewriter.analysis.dataflow import tied_names
-from ...rewriter.api import active_weights, adapter_modules, base_of, trained_modules
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.graft import plain_view
 from ...rewriter.modules.bias_slot import bias_slot
@@ -35,6 +34,8 @@ from ...rewriter.state import (
     strip_wrappers,
     unwrap,
 )
+from ...rewriter.switch import active_weights, base_of
+from ...rewriter.tensors import adapter_modules, trained_modules
 
 _TIES = "tie_word_embeddings"
 

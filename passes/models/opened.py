@@ -16,13 +16,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.api import adapter_modules, base_of, graft_adapter, trained_modules
+from ...rewriter.create import graft_adapter
 from ...rewriter.errors import MergeError
 from ...rewriter.method import BankMethod, Method, OpenForm, Tensors
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec
 from ...rewriter.state import AdapterTensors, base_modules, find_state, lookup, record_of, strip_wrappers, unwrap
+from ...rewriter.switch import base_of
 from ...rewriter.targets import resolve
+from ...rewriter.tensors import adapter_modules, trained_modules
 from ..methods.dense_bank import DenseBank
 from ..methods.factor_forms import Factors
 from .factors import compute_dtype, sites_as_targets, wide

@@ -110,14 +110,20 @@ def test_imports_go_one_way():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("fxgraft.rewriter.api", "from ..passes import merge"),
-        ("fxgraft.rewriter.api", "from .. import passes"),
-        ("fxgraft.rewriter.api", "import fxgraft.backends.compile.inductor"),
-        ("fxgraft.rewriter.api", "from fxgraft import exporters"),
-        ("fxgraft.rewriter.api", "def f():\n    from ..exporters.onnx import export_onnx"),
-        ("fxgraft.rewriter.api", "from importlib import import_module\nimport_module('fxgraft.passes.models.merge')"),
-        ("fxgraft.rewriter.api", "import importlib\nimportlib.import_module('..passes.merge', __package__)"),
-        ("fxgraft.rewriter.api", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..passes import merge"),
+        ("fxgraft.rewriter.switch", "from ..passes import merge"),
+        ("fxgraft.rewriter.switch", "from .. import passes"),
+        ("fxgraft.rewriter.switch", "import fxgraft.backends.compile.inductor"),
+        ("fxgraft.rewriter.switch", "from fxgraft import exporters"),
+        ("fxgraft.rewriter.switch", "def f():\n    from ..exporters.onnx import export_onnx"),
+        (
+            "fxgraft.rewriter.switch",
+            "from importlib import import_module\nimport_module('fxgraft.passes.models.merge')",
+        ),
+        ("fxgraft.rewriter.switch", "import importlib\nimportlib.import_module('..passes.merge', __package__)"),
+        (
+            "fxgraft.rewriter.switch",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..passes import merge",
+        ),
         ("fxgraft.passes.methods.lora", "from ...backends import cost"),
         ("fxgraft.passes.models.merge", "from ...exporters import checkpoints"),
         ("fxgraft.backends.compile.inductor", "from ...exporters import checkpoints"),

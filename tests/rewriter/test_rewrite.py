@@ -8,7 +8,7 @@ from conftest import perturb
 from torch import nn
 
 import fxgraft as fg
-from fxgraft.rewriter.api import base_of
+from fxgraft.rewriter.switch import base_of
 
 METHODS = {"lora": fg.LoRA(rank=3), "unilora": fg.UniLoRA(rank=3, vector_length=100)}
 

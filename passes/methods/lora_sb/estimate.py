@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ....rewriter.api import base_of
 from ....rewriter.capture.outline import outline_linears
 from ....rewriter.errors import SpecError, TargetError, listing
 from ....rewriter.sites import Site
 from ....rewriter.spec import Spec, Target
 from ....rewriter.state import base_modules, lookup, unwrap
+from ....rewriter.switch import base_of
 from ....rewriter.targets import resolve
 from .lora_sb import LoRASB, UpdateEstimate, pack_signs
 

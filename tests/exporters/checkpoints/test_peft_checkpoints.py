@@ -359,7 +359,7 @@ def test_indices_handed_out_in_another_order(bert, ids, tmp_path):
     """An exported module may list its sites otherwise; PEFT then needs the indices themselves."""
     spec = fg.Spec(fg.UniLoRA(4, 100, init_bound=0.3), QV)
     names = [s.name for s in fg.rewriter.state.record_of(fg.rewrite(bert, spec), "default").sites]
-    adapted = fg.rewriter.api.graft_adapter(bert, spec, "default", order=names[::-1])
+    adapted = fg.rewriter.create.graft_adapter(bert, spec, "default", order=names[::-1])
     fg.save_adapter(adapted, tmp_path, format="peft")
     assert json.loads((tmp_path / CONFIG).read_text())["save_indices"] is True
     torch.testing.assert_close(open_in_peft(bert, tmp_path)(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-6)

@@ -81,7 +81,9 @@ def test_a_vector_trained_in_peft_gives_the_same_output(rank, length, seed, targ
     fg.swap(ours, {"theta": vector})
     expected = peft(ids).logits
     torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-5, atol=1e-6)
-    for name, tensors in fg.rewriter.api.adapter_modules(ours, "default", fg.rewriter.state.record_of(ours, "default")):
+    for name, tensors in fg.rewriter.tensors.adapter_modules(
+        ours, "default", fg.rewriter.state.record_of(ours, "default")
+    ):
         if tensors.site is not None:
             layer = peft.base_model.model.get_submodule(name[:-1])
             assert torch.equal(layer.unilora_indices_A["default"], tensors.index_a.long())

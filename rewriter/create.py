@@ -1,0 +1,204 @@
+"""Making an adapter in a module. Everything is checked first; a call that raises has changed nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .analysis.dataflow import storage_key
+from .capture.parent_reads import rebind_forwards
+from .capture.skeleton import copy_skeleton
+from .errors import AdapterError, SpecError
+from .graft import ADAPTERS, BASE, add_adapter, host, plain_view, restore_class, tie
+from .graft_plan import Plan, declare, plan
+from .method import Decl, Declaration, InitContext, Method
+from .modules import pending
+from .modules.bias_slot import bias_slot
+from .modules.foreign_tuners import check_no_tuners
+from .modules.save_hook import take_over_saving
+from .modules.shards import check_unsharded
+from .sites import Site
+from .spec import Spec
+from .state import (
+    SHARED,
+    STATE,
+    AdapterRecord,
+    AdapterTensors,
+    Container,
+    Group,
+    M,
+    ModelState,
+    base_modules,
+    base_parameters,
+    grafted_modules,
+    unwrap,
+)
+from .switch import _owners, set_active
+from .targets import Resolution, check_name, resolve
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+@torch.inference_mode(False)  # an adapter made inside inference mode could not be trained afterwards
+def graft_adapter(
+    model: M,
+    spec: Spec,
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    update: Any = None,
+    initialise: bool = True,
+    order: Sequence[str] = (),
+    check: Callable[[Plan], None] | None = None,
+) -> M:
+    """`rewrite` for modules.
+
+    Args:
+        initialise: False leaves the trainable and frozen tensors for a load to fill.
+        order: names of sites in the order they count in, where that is not the order of the model's modules: an
+            exported module may list its submodules otherwise, and methods with one projection for all sites
+            (Uni-LoRA) hand it out in order.
+        check: is shown what will be made before any of it is, and may raise.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise AdapterError(f"rewrite(dtype={dtype}): adapter tensors are of a floating type")
+    source = unwrap(model)
+    if isinstance(source, torch.fx.GraphModule):
+        from .capture.outline import outline_linears
+
+        source = outline_linears(source)  # type: ignore[assignment]
+    check_name(source, name)
+    check_no_tuners(source)
+    check_unsharded(source)
+    resolution = resolve(source, spec)
+    groups = _group(resolution, order)
+    declared = declare(groups)
+    if check is not None:
+        check(plan(groups, declared, resolution.train, dict(base_modules(source))))
+    adapted = copy_skeleton(source)
+    state = adapted.__dict__.setdefault(STATE, ModelState())
+    if not state.adapters:
+        state.trained = frozenset(n for n, p in base_parameters(source) if p.requires_grad)
+    modules = grafted_modules(adapted)
+    for group in groups:
+        for site in group.sites:
+            if site.host is not None and group.method.inputs:
+                raise SpecError(
+                    f"{site.name!r}: its product is in the forward of {site.host or 'the root'!r}, which never calls "
+                    "it, so a bank cannot tell which rows are whose there"
+                )
+            without = site.host is not None or bias_slot(modules[site.owner], site) is None
+            if site.bias is None and group.method.adds_bias(site) and without:
+                raise SpecError(
+                    f"{type(group.method).__name__} gives {site.name!r} a bias, and the owner's forward adds none to "
+                    "this product: it could never be merged. Exclude the site, or choose a method without a bias there "
+                    "(GLoRA: a path with C, D and E 'none')"
+                )
+    for index, (group, tensors) in enumerate(zip(groups, declared, strict=True)):
+        _create(adapted, modules, group, tensors, index, name, dtype, update, initialise)
+    for site in (site for group in groups for site in group.sites if site.host is not None):
+        host(modules[site.computed], name, site.within)
+    copies = _trainable_copies(modules, resolution.train, spec.keep_ties)
+    for path, twin in copies.items():
+        add_adapter(modules[path], name, twin)
+    for tied in resolution.ties:
+        tie(modules[tied.path], name, tied.attribute, copies[tied.trained], tied.name)
+    state.adapters[name] = AdapterRecord(spec, groups, resolution.train, ties=resolution.ties)
+    set_active(adapted, [name])
+    rebind_forwards(adapted, (modules[path] for path in _owners(state.adapters[name])))
+    take_over_saving(adapted)
+    return adapted
+
+
+def _group(resolution: Resolution, order: Sequence[str]) -> tuple[Group, ...]:
+    position = {name: i for i, name in enumerate(order)}
+    by_method: dict[Method, list[Site]] = {}
+    for site, method in sorted(resolution.sites, key=lambda found: position.get(found[0].name, len(position))):
+        by_method.setdefault(method, []).append(site)
+    return tuple(Group(method, tuple(sites)) for method, sites in by_method.items())
+
+
+def adapter_dtype(weight: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype of adapter tensors on a base weight of this dtype."""
+    if asked is not None:
+        return asked
+    return torch.float32 if weight in _NARROW or not weight.is_floating_point or weight.itemsize < 4 else weight
+
+
+def _register(module: nn.Module, decls: Mapping[str, Decl], dtype: torch.dtype, device: torch.device) -> None:
+    for name, decl in decls.items():
+        tensor = torch.empty(decl.shape, dtype=decl.dtype or dtype, device=device)
+        if decl.role == "trainable":
+            module.register_parameter(name, nn.Parameter(tensor))
+        else:
+            module.register_buffer(name, tensor, persistent=decl.role == "frozen")
+
+
+def _create(
+    adapted: nn.Module,
+    modules: Mapping[str, nn.Module],
+    group: Group,
+    declared: Declaration,
+    index: int,
+    name: str,
+    dtype: torch.dtype | None,
+    update: Any,
+    initialise: bool,
+) -> None:
+    """Make, register, derive and initialise the tensors of one group."""
+    first = group.sites[0]
+    shared = None
+    if declared.shared:
+        shared = AdapterTensors(group.method, None, None)
+        _register(shared, declared.shared, adapter_dtype(first.dtype, dtype), first.device)
+        root = adapted._modules.setdefault(SHARED, Container())
+        assert root is not None
+        if index == 0:
+            root._modules[name] = shared
+        else:
+            root._modules.setdefault(name, Container())._modules[f"group{index}"] = shared  # type: ignore[union-attr]
+    local, local_holders = [], []
+    for site, decls in zip(group.sites, declared.local, strict=True):
+        tensors = AdapterTensors(group.method, site, shared)
+        _register(tensors, decls, adapter_dtype(site.dtype, dtype), site.device)
+        add_adapter(modules[site.owner], name, tensors, site.key)
+        local_holders.append(tensors)
+        local.append(tensors.tensors())
+    if any(site.device.type == "meta" for site in group.sites):
+        for holder in (*local_holders, *([shared] if shared is not None else [])):
+            pending.note(holder, holder.tensors())  # shapes only
+        return
+    common = shared.tensors() if shared is not None else {}
+    with torch.no_grad():
+        group.method.derive(group.sites, common, local)
+        if initialise:
+            weights = [s.linear_layout(modules[s.owner]._parameters[s.weight].detach()) for s in group.sites]  # type: ignore[union-attr]
+            group.method.initialise(group.sites, common, local, InitContext(weights, update))
+
+
+def _trainable_copies(modules: Mapping[str, nn.Module], paths: Sequence[str], keep_ties: bool) -> dict[str, nn.Module]:
+    """Copies with tensors of their own, from the base values; what is tied among them stays tied if ties are kept."""
+    memo: dict[int, Any] = {}
+    first: dict[tuple[object, ...], nn.Parameter] = {}
+    copies = {}
+    for path in paths:
+        if not keep_ties:
+            memo, first = {}, {}
+        module = plain_view(modules[path])  # another adapter may train it too: start from the base, not from that one
+        for _, parameter in base_parameters(module):
+            same = first.setdefault(storage_key(parameter), parameter)
+            if same is not parameter:  # two parameters over one memory
+                memo[id(parameter)] = memo[id(same)] if id(same) in memo else copy.deepcopy(same, memo)
+        copies[path] = twin = copy.deepcopy(module, memo)
+        for inner in twin.modules():  # adapters inside it stay where they are
+            if BASE in inner.__dict__:
+                inner._modules.pop(ADAPTERS, None)
+                restore_class(inner)
+        for parameter in twin.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+    return copies
