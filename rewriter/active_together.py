@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .errors import AdapterError, listing
-from .graft import base_class
+from .grafted_class import base_class
 from .state import ModelState, lookup
 
 

@@ -13,8 +13,9 @@ from .analysis.dataflow import storage_key
 from .capture.parent_reads import rebind_forwards
 from .capture.skeleton import copy_skeleton
 from .errors import AdapterError, SpecError
-from .graft import ADAPTERS, BASE, add_adapter, host, plain_view, restore_class, tie
+from .graft import ADAPTERS, add_adapter, host, tie
 from .graft_plan import Plan, declare, plan
+from .grafted_class import BASE, plain_view, restore_class
 from .method import Decl, Declaration, InitContext, Method
 from .modules import pending
 from .modules.bias_slot import bias_slot

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from .analysis.dataflow import tied_names
+from .emitter import PROVENANCE
 from .errors import listing
-from .graft import PROVENANCE
 from .program import PassResult
 from .state import AdapterRecord, AdapterTensors, grafted_modules, state_of, unwrap
 from .tensors import adapter_modules, trained_modules

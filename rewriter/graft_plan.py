@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .graft import ADAPTERS, plain_view
+from .graft import ADAPTERS
+from .grafted_class import plain_view
 from .method import Declaration
 from .sites import Site
 from .state import Group

@@ -11,19 +11,15 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from .emitter import Emitter
 from .errors import MergeError, SpecError, listing
 from .keywords import Config
-
-if TYPE_CHECKING:
-    from torch import fx
-
-    from .graft import Emitter
-    from .sites import Site
+from .sites import Site
 
 Role = Literal["trainable", "frozen", "derived"]
 Tensors = Mapping[str, Tensor]

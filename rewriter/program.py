@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from .emitter import PROVENANCE, Provenance
 from .errors import FxgraftError
-from .graft import PROVENANCE, Provenance
 from .sites import NoMatch
 
 

@@ -13,7 +13,8 @@ from .calls.disabled import turned_off
 from .calls.forward_inputs import GUARD, release_inputs, take_inputs
 from .capture.skeleton import copy_skeleton
 from .errors import AdapterError
-from .graft import ADAPTERS, HOSTED, check_forward, drop_adapter, planned, restore_class
+from .graft import ADAPTERS, check_forward, drop_adapter, planned
+from .grafted_class import HOSTED, restore_class
 from .modules.fast_paths import set_fast_paths
 from .modules.reach import watch
 from .modules.save_hook import release_saving

@@ -16,7 +16,7 @@ from .bounded_regex import full_match
 from .capture.parent_reads import reader_of
 from .capture.trace import trace
 from .errors import AdapterError, CaptureError, TargetError, listing, near_misses
-from .graft import base_class, plain_view
+from .grafted_class import base_class, plain_view
 from .method import Method
 from .sites import LinearNode, NoMatch, Site, find_linears
 from .spec import ALL_LINEAR, Spec, Target

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...rewriter.dialect import is_dialect
 from ...rewriter.errors import FxgraftError
-from ...rewriter.graft import Grafted
+from ...rewriter.grafted_class import Grafted
 from ...rewriter.program import Pipeline, Program
 from ...rewriter.state import unwrap
 

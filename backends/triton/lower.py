@@ -28,8 +28,8 @@ from ...passes.graph.products import SUMS, value
 from ...passes.graph.share import Share
 from ...rewriter.analysis.memory import Memory
 from ...rewriter.dialect import is_dialect
+from ...rewriter.emitter import add_delta
 from ...rewriter.errors import FxgraftError
-from ...rewriter.graft import add_delta
 from ...rewriter.program import Pass, PassResult, Pipeline, Program, replace_meta
 from ...rewriter.sites import NoMatch
 from . import hydralora_kernels, lora_kernels, prolora_kernels, unilora_kernels  # noqa: F401  (they register)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ...rewriter.bounded_regex import full_match
 from ...rewriter.errors import CheckpointError, SpecError, listing
-from ...rewriter.graft import base_class
+from ...rewriter.grafted_class import base_class
 from ...rewriter.state import base_modules, unwrap
 from .foreign_adapter import empty
 from .foreign_keys import PREFIX, base_weights, embeddings

@@ -12,7 +12,7 @@ from torch import fx
 
 from ...rewriter.analysis.effects import value
 from ...rewriter.analysis.memory import Memory
-from ...rewriter.graft import add_delta
+from ...rewriter.emitter import add_delta
 from ...rewriter.sites import NoMatch
 
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from ...rewriter.calls.sample_rows import check_first, in_place, samples_first
-from ...rewriter.graft import Emitter
+from ...rewriter.emitter import Emitter
 from ...rewriter.method import ADAPTER_IDS
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ...rewriter.graft import Emitter
+from ...rewriter.emitter import Emitter
 from ...rewriter.method import ADAPTER_IDS, Method, OpenForm, Tensors
 from .by_sample import by_rows
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...rewriter.dialect import cast, operator
-from ...rewriter.graft import Emitter
+from ...rewriter.emitter import Emitter
 from ...rewriter.halves import register_halves
 from ...rewriter.method import (
     Decl,

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from ...rewriter.calls.call_values import current, given
 from ...rewriter.create import graft_adapter
+from ...rewriter.emitter import Emitter
 from ...rewriter.errors import AdapterError
-from ...rewriter.graft import Emitter
 from ...rewriter.method import Declaration, Room
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec

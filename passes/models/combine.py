@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...rewriter.active_together import check_together, chosen_weights
 from ...rewriter.errors import AdapterError, MergeError, listing
-from ...rewriter.graft import plain_view
+from ...rewriter.grafted_class import plain_view
 from ...rewriter.sites import Site
 from ...rewriter.state import M, grafted_modules, record_of, state_of, unwrap
 from ...rewriter.switch import set_active

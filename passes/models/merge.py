@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...rewriter.active_together import check_together, chosen_weights
 from ...rewriter.analysis.dataflow import tied_names
 from ...rewriter.errors import AdapterError, MergeError, listing
-from ...rewriter.graft import plain_view
+from ...rewriter.grafted_class import plain_view
 from ...rewriter.modules.bias_slot import bias_slot
 from ...rewriter.state import (
     AdapterTensors,

@@ -21,7 +21,7 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 
 from ..capture.watched import captured
 from ..errors import AdapterError
-from ..graft import BASE, attributes
+from ..grafted_class import BASE, attributes
 from .call_values import put
 
 OWN_CLASS = f"{BASE}_inputs"  # plain attribute of a root: its class before `take_inputs`

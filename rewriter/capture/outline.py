@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from ..analysis.memory import erase_unread
 from ..calls.disabled import is_off
 from ..errors import CaptureError
-from ..graft import BASE, Grafted, plain_view, renew_class
+from ..grafted_class import BASE, Grafted, plain_view, renew_class
 from ..sites import LinearNode, NoMatch, find_linears
 from ..state import STATE, Container
 from .skeleton import copy_skeleton

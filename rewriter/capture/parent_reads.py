@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from ..graft import HOOKED, base_class
+from ..grafted_class import HOOKED, base_class
 
 # fmt: off
 _METADATA = frozenset((

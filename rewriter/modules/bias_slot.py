@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..capture.trace import trace
 from ..errors import CaptureError
-from ..graft import plain_view
+from ..grafted_class import plain_view
 from ..sites import NoMatch, Site, find_linears
 
 

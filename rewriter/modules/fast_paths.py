@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ..calls.disabled import Switch
-from ..graft import allow_fused, forbid_fused
+from ..grafted_class import allow_fused, forbid_fused
 
 #: class -> the attribute that allows the fused path, and the value that forbids it
 _SWITCHES: dict[type[nn.Module], tuple[str, object]] = {

@@ -262,7 +262,7 @@ def test_a_switch_that_fails_has_changed_nothing(monkeypatch) -> None:  # type: 
     a = noisy(fg.rewrite(a, fg.Spec(fg.LoRA(rank=3), targets=["0", "2"]), name="b"), "b", 2)
     want, types = a(X), [type(m) for m in a.modules()]
     flags = {n: p.requires_grad for n, p in a.named_parameters()}
-    real, calls = graft._class_for, []
+    real, calls = graft.class_for, []
 
     def failing(owner, *rest):  # type: ignore[no-untyped-def]
         calls.append(owner)
@@ -270,7 +270,7 @@ def test_a_switch_that_fails_has_changed_nothing(monkeypatch) -> None:  # type: 
             raise fg.CaptureError("no class for this one")
         return real(owner, *rest)
 
-    monkeypatch.setattr(graft, "_class_for", failing)
+    monkeypatch.setattr(graft, "class_for", failing)
     for names in (["default"], [], {"default": 2.0, "b": 0.5}):
         calls.clear()
         with pytest.raises(fg.CaptureError, match="no class"):

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ....rewriter.dialect import operator, weight_form
+from ....rewriter.emitter import PROVENANCE, Emitter
 from ....rewriter.errors import MergeError, SpecError
-from ....rewriter.graft import PROVENANCE, Emitter
 from ....rewriter.method import Decl, Declaration, InitContext, Method, Tensors, check_positive_int, check_rank
 from ....rewriter.sites import Site
 from .path import COLUMNS, PATHS, GLoRAPath, draw_mask, path_from_dict
@@ -29,7 +29,6 @@ from .supernet import scaled_linear
 TENSORS = ("Ad", "Au", "Bd", "Bu", "Cd", "Cu", "D", "E")
 
 
-# -- arithmetic ----------------------------------------------------------------------------------------------------
 def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     """`left @ right` in the memory layout of `like`: Conv1D stores its weight transposed."""
     if like.stride(0) == 1 and like.stride(1) != 1:
@@ -220,7 +219,6 @@ def _untouched(e: Emitter, y: fx.Node) -> bool:
     return PROVENANCE not in base.meta and not any(map(written, base.users))
 
 
-# -- method --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class GLoRA(Method, key="glora"):
     """GLoRA (arXiv 2306.07967).

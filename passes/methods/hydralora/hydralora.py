@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ....rewriter.dialect import cast, operator
+from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
-from ....rewriter.graft import Emitter
 from ....rewriter.halves import register_halves
 from ....rewriter.method import (
     BankMethod,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from ....rewriter.dialect import cast, operator
+from ....rewriter.emitter import Emitter
 from ....rewriter.errors import AdapterError
-from ....rewriter.graft import Emitter
 from ....rewriter.method import BankMethod, Decl, Declaration, Method, OpenForm, Tensors
 from ....rewriter.sites import Site
 from ..by_sample import by_rows, chosen, no_delta, per_sample

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ....rewriter.emitter import Emitter
 from ....rewriter.errors import AdapterError
-from ....rewriter.graft import Emitter
 from ....rewriter.method import ADAPTER_IDS, Method, OpenForm, Tensors
 from ..by_sample import by_rows
 from ..factor_forms import by_sample

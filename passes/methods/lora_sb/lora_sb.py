@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from ....rewriter.emitter import Emitter
 from ....rewriter.errors import AdapterError, SpecError, listing, near_misses
-from ....rewriter.graft import Emitter
 from ....rewriter.method import Declaration, InitContext, Method, Tensors, check_dropout, check_positive_int
 from ....rewriter.sites import Site
 from ..lora_xs import EXACT_UP_TO, NITER, OVERSAMPLE, declare_latent, emit_latent, truncated_svd

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from ....rewriter.analysis.effects import register_effect
 from ....rewriter.dialect import cast, operator, register_common
+from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
-from ....rewriter.graft import Emitter
 from ....rewriter.halves import register_halves
 from ....rewriter.method import (
     BankMethod,

@@ -54,7 +54,7 @@ def test_the_projection_is_an_isometry(bert):
     theta = fg.adapter_state(adapted)["theta"]
     squares = sum(
         (t.double() ** 2).sum()
-        for A, B in fg.passes.factors.linear_factors(adapted, "default").values()
+        for A, B in fg.passes.models.factors.linear_factors(adapted, "default").values()
         for t in (A, B)
     )
     assert squares.item() == pytest.approx((theta.double() ** 2).sum().item(), rel=1e-6)

@@ -49,7 +49,7 @@ def test_base_and_adapted_stay_bit_for_bit(bert, ids, method):
 def test_float32_sum_one_cast(method):
     layer = nn.Linear(24, 16).to(torch.bfloat16)
     adapted = perturb(fg.rewrite(layer, fg.Spec(method)))
-    A, B = fg.passes.factors.linear_factors(adapted, "default")[""]
+    A, B = fg.passes.models.factors.linear_factors(adapted, "default")[""]
     exact = layer.weight.double() + B.double() @ A.double()
     merged = fg.merge(adapted).weight
     assert merged.dtype == torch.bfloat16

@@ -1,0 +1,78 @@
+"""A grafted graph as Python: the base's forward inside `disabled`, a new one where what the graph read has changed."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import linecache
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from .calls.disabled import base_forward, nothing
+from .capture.observe import Read
+from .capture.watched import captured
+from .dialect import eager_form
+
+_sources = itertools.count()
+
+
+_UNLESS_OFF = """\
+    fxgraft_off = fxgraft_nothing.keys
+    if fxgraft_off is not fxgraft_nothing and self.fxgraft_switch.key in fxgraft_off:
+        return fxgraft_base_forward(self, {given})"""
+
+
+def compile_forward(
+    graph: fx.Graph, base: type[nn.Module], reads: Sequence[Read], renewed: Callable[[nn.Module], Any]
+) -> Any:
+    """The graph as a Python function with its source where tracebacks find it.
+
+    Inside `disabled` it runs the base's forward; where something of `reads` has changed, what `renewed(self)` gives.
+    """
+    code = eager_form(graph).python_code("self")
+    namespace = {**code.globals, "fxgraft_nothing": nothing, "fxgraft_base_forward": base_forward(base)}
+    exec(code.src, namespace)
+    given = ", ".join(_passed(p) for p in list(inspect.signature(namespace["forward"]).parameters.values())[1:])
+    first = [_UNLESS_OFF.format(given=given)]
+    if conditions := _conditions(reads, namespace):
+        namespace["fxgraft_renewed"] = renewed
+        first.append(f"    if {' or '.join(conditions)}:\n        return fxgraft_renewed(self)({given})")
+    lines = code.src.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("def forward("))
+    source = "\n".join([*lines[: start + 1], *first, *lines[start + 1 :]])
+    file = f"<fxgraft Grafted{base.__name__}.{next(_sources)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    exec(compile(source, file, "exec"), namespace)
+    return namespace["forward"]
+
+
+def _passed(parameter: inspect.Parameter) -> str:
+    """A parameter of a function as the argument that hands it on."""
+    kinds = {parameter.VAR_POSITIONAL: "*{0}", parameter.VAR_KEYWORD: "**{0}", parameter.KEYWORD_ONLY: "{0}={0}"}
+    return kinds.get(parameter.kind, "{0}").format(parameter.name)  # type: ignore[call-overload]
+
+
+def _conditions(reads: Sequence[Read], namespace: dict[str, Any]) -> list[str]:
+    """Python expressions that say whether something a graph holds as a constant has changed since.
+
+    What the owner itself holds is not among them: `Grafted.__setattr__` sees it.
+    """
+    found = []
+    for index, read in enumerate(read for read in reads if read.watchable):
+        place, path = "self", read.path
+        if read.root is not None:
+            place = f"_root{index}"
+            namespace[place] = read.root
+            if isinstance(read.root, types.CellType):
+                place, path = f"{place}.cell_contents", path[1:]
+        for part in path:
+            place = f"{place}.{part}" if part.isidentifier() else f"getattr({place}, {part!r})"
+        namespace[f"_value{index}"] = read.value
+        differs = f"{place} {'is not' if read.value is None or isinstance(read.value, bool) else '!='} _value{index}"
+        in_cell = isinstance(read.root, types.CellType)
+        found.append(f"(not fxgraft_captured() and {differs})" if in_cell else differs)
+        namespace["fxgraft_captured"] = captured
+    return found
