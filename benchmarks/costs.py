@@ -11,8 +11,12 @@ import time
 from pathlib import Path
 
 import harness
+import subjects
+import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+
+import fxgraft as fg
 
 
 def memory(report: harness.Report, *, quick: bool) -> None:
@@ -21,8 +25,6 @@ def memory(report: harness.Report, *, quick: bool) -> None:
     From the profiler's record of every allocation: the resident set of a process also has what the allocator keeps,
     and differs by more than adapters do.
     """
-    import subjects
-
     layers, width, length = (2, 256, 4096) if quick else (4, 768, subjects.UNILORA_LENGTH)
     base = subjects.bert(layers, width)
     models = {"base": subjects.frozen(base)}
@@ -36,8 +38,6 @@ def memory(report: harness.Report, *, quick: bool) -> None:
 
 
 def _peak(model: nn.Module, width: int) -> float:
-    import subjects
-
     call, clear = subjects.training_step(model, subjects.embeddings(8, 128, width, requires_grad=True))
     call()
     clear()
@@ -75,11 +75,6 @@ def _child(mode: str, name: str, quick: bool) -> float:
 
 # -- the child -----------------------------------------------------------------------------------------------------
 def _main() -> None:
-    import subjects
-    import torch
-
-    import fxgraft as fg
-
     mode, name, size = sys.argv[1:]
     torch.set_num_threads(1)
     layers, width = (2, 256) if size == "quick" else (4, 768)

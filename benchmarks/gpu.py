@@ -4,7 +4,7 @@
 
 `ceilings` copies a large buffer and multiplies large matrices; `kernels` runs every kernel at sizes of real models
 beside its definition through Inductor, in CUDA graphs (what the GPU needs) and asked for one by one (what the host
-needs), with the error against float64; `inference`, `training` and `bank` compile the models of `compile.py` with
+needs), with the error against float64; `inference`, `training` and `bank` compile the models of `compiled.py` with
 kernels="aten", "triton" and "auto". The gates' constants (`backends/triton/gates.py`) are estimates until this has run.
 """
 

@@ -1,7 +1,6 @@
 """Exported graphs in ONNX Runtime on the CPU: what each mode costs, how fast adapters come and go, many tenants.
 
-Every graph is timed through `OrtSession`, the base's as well, so checks and wrapping are in all of them alike. The file
-is not called onnx.py, because it would hide the onnx package from every script beside it.
+Every graph is timed through `OrtSession`, the base's as well, so checks and wrapping are in all of them alike.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ import ort_tenants
 import plot
 import subjects
 import torch
+from ort_subjects import RANK, ids, minilm, stirred
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxgraft as fg
 
 WHAT = ("modes", "load", "tenants")
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RANK = 8
 BANKED = 8
 
 
@@ -43,30 +42,6 @@ def decoder(quick: bool) -> nn.Module:
     )  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
-
-
-def minilm() -> nn.Module:
-    """MiniLM-L6's structure with a small vocabulary."""
-    config = BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=1000
-    )
-    torch.manual_seed(0)
-    return BertModel(config, add_pooling_layer=False).eval()
-
-
-def stirred(base: nn.Module, method: Any, targets: tuple[str, ...], seed: int = 0) -> nn.Module:
-    """An adapter with an effect: exporting one without would prove nothing."""
-    adapted = fg.rewrite(base, fg.Spec(method, targets=list(targets)))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 1e-2)
-    return adapted.eval()
-
-
-def ids(batch: int, tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
-    return {"input_ids": np.random.default_rng(seed).integers(3, 900, (batch, tokens))}
 
 
 class Graphs:

@@ -18,8 +18,14 @@ from typing import Any
 
 import harness
 import numpy as np
+import peft
+import subjects
+import torch
+from ort_subjects import RANK, ids, minilm, stirred
 
-TENANTS, BATCH, TOKENS, RANK = 200, 8, 16, 8
+import fxgraft as fg
+
+TENANTS, BATCH, TOKENS = 200, 8, 16
 SLOTS = 32  # of the bank: tenants come and go over them
 WAYS = {
     "bank": f"bank of {SLOTS} slots, mixed batches",
@@ -67,23 +73,13 @@ def _resident() -> float:
 
 
 def _tenant(base: Any, index: int) -> Any:
-    import ort
-    import subjects
-
-    import fxgraft as fg
-
-    return ort.stirred(base, fg.LoRA(rank=RANK, alpha=16), subjects.QUERY_VALUE, index)
+    return stirred(base, fg.LoRA(rank=RANK, alpha=16), subjects.QUERY_VALUE, index)
 
 
 def prepare(folder: Path, tenants: int) -> None:
     """The graphs, and a file for every tenant; of merged graphs one, which stands for all: they are equally large."""
-    import ort
-    import torch
-
-    import fxgraft as fg
-
-    base = ort.minilm()
-    example = {"input_ids": torch.from_numpy(ort.ids(4, 8)["input_ids"])}
+    base = minilm()
+    example = {"input_ids": torch.from_numpy(ids(4, 8)["input_ids"])}
     for index in range(tenants):
         adapted = _tenant(base, index)
         fg.export_ort_adapter(adapted, folder / f"t{index}.onnx_adapter")
@@ -94,12 +90,8 @@ def prepare(folder: Path, tenants: int) -> None:
 
 
 def bank(folder: Path, tenants: int, threads: int | None) -> Callable[[], Callable[[list[str]], object]]:
-    import ort
-
-    import fxgraft as fg
-
     session = fg.OrtSession(folder / "bank.onnx", providers=["CPUExecutionProvider"], threads=threads)
-    inputs = ort.ids(BATCH, TOKENS)
+    inputs = ids(BATCH, TOKENS)
 
     def ready() -> Callable[[list[str]], object]:
         for index in range(tenants):
@@ -112,12 +104,8 @@ def bank(folder: Path, tenants: int, threads: int | None) -> Callable[[], Callab
 
 
 def swappable(folder: Path, tenants: int, threads: int | None) -> Callable[[], Callable[[list[str]], object]]:
-    import ort
-
-    import fxgraft as fg
-
     session = fg.OrtSession(folder / "swappable.onnx", providers=["CPUExecutionProvider"], threads=threads)
-    inputs = ort.ids(BATCH, TOKENS)["input_ids"]
+    inputs = ids(BATCH, TOKENS)["input_ids"]
 
     def serve(names: list[str]) -> None:
         for name in set(names):
@@ -133,11 +121,7 @@ def swappable(folder: Path, tenants: int, threads: int | None) -> Callable[[], C
 
 
 def merged(folder: Path, tenants: int, threads: int | None) -> Callable[[], Callable[[list[str]], object]]:
-    import ort
-
-    import fxgraft as fg
-
-    inputs = ort.ids(BATCH, TOKENS)["input_ids"]
+    inputs = ids(BATCH, TOKENS)["input_ids"]
 
     def serve(names: list[str]) -> None:
         for name in set(names):
@@ -149,14 +133,10 @@ def merged(folder: Path, tenants: int, threads: int | None) -> Callable[[], Call
 
 
 def peft_(folder: Path, tenants: int, threads: int | None) -> Callable[[], Callable[[list[str]], object]]:
-    import ort
-    import peft
-    import torch
-
     if threads:
         torch.set_num_threads(threads)
-    base = ort.minilm()
-    inputs = torch.from_numpy(ort.ids(BATCH, TOKENS)["input_ids"])
+    base = minilm()
+    inputs = torch.from_numpy(ids(BATCH, TOKENS)["input_ids"])
     config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=["query", "value"])
 
     def ready() -> Callable[[list[str]], object]:

@@ -81,7 +81,7 @@ def structured(base: nn.Module, targets: tuple[str, ...]) -> list[Subject]:
     return [*subjects, Subject("PEFT GLoRA", glora)]
 
 
-#: what `compile.py` serves and trains beside LoRA and Uni-LoRA, at comparable ranks
+#: what `compiled.py` serves and trains beside LoRA and Uni-LoRA, at comparable ranks
 SERVED = {
     "fxgraft LoRA-XS r8": fg.LoRAXS(rank=8),
     "fxgraft PRoLoRA r8": fg.PRoLoRA(rank=8, unshared=1, a_chunks=7, b_chunks=7),
