@@ -22,7 +22,8 @@ from ...rewriter.sites import Site
 from ...rewriter.state import M, grafted_modules, record_of, state_of, unwrap
 from ...rewriter.switch import set_active
 from ...rewriter.tensors import adapter_modules, trained_modules
-from .factors import as_lora, low_rank, wide
+from ..methods.low_rank_factors import low_rank, wide
+from .factors import as_lora
 from .merge import pull
 
 Combination = Literal[

@@ -2,7 +2,7 @@
 
     fxgraft::<method>(x, ...)  ->  (x @ A) @ B        A (in, r), B (r, out), every scale folded into B
 
-Does not handle methods that are not a low-rank product (GLoRA, HydraLoRA): they are refused with the reason.
+Does not handle methods that are not a low-rank product: `low_rank_factors` refuses them with the reason.
 """
 
 from __future__ import annotations
@@ -14,44 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.create import graft_adapter
-from ...rewriter.errors import MergeError
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
-from ...rewriter.state import AdapterRecord, M, lookup, record_of, unwrap
+from ...rewriter.state import M, lookup, record_of, unwrap
 from ...rewriter.switch import base_of
 from ...rewriter.tensors import adapter_modules, trained_modules
 from ..methods.lora import LoRA
-
-
-def low_rank(root: nn.Module, name: str) -> AdapterRecord:
-    """The record of an adapter; `MergeError` with the reason where it has no low-rank factors."""
-    record = record_of(root, name)
-    for group in record.groups:
-        if group.method.not_low_rank:
-            raise MergeError(
-                f"adapter {name!r} ({type(group.method).__name__}) has no low-rank factors: {group.method.not_low_rank}"
-            )
-    return record
-
-
-def linear_factors(adapted: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each site `A (r, in)` and `B (out, r)` with `delta W = B A`, in float32 (or wider), scales folded into B."""
-    root = unwrap(adapted)
-    record = low_rank(root, name)
-    found = {}
-    with torch.no_grad():
-        for _, tensors in adapter_modules(root, name, record):
-            if tensors.site is None:
-                continue
-            shared = {k: wide(t) for k, t in tensors.shared_tensors().items()}
-            local = {k: wide(t) for k, t in tensors.tensors().items()}
-            found[tensors.site.name] = tensors.method.factors(shared, local)
-    return found
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 where it is narrower, detached."""
-    return tensor.detach().float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor.detach()
+from ..methods.low_rank_factors import linear_factors, low_rank
 
 
 def factors(adapted: nn.Module, name: str = "default") -> dict[str, tuple[Tensor, Tensor]]:

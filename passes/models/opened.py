@@ -27,7 +27,8 @@ from ...rewriter.targets import resolve
 from ...rewriter.tensors import adapter_modules, trained_modules
 from ..methods.dense_bank import DenseBank
 from ..methods.factor_forms import Factors
-from .factors import compute_dtype, sites_as_targets, wide
+from ..methods.low_rank_factors import wide
+from .factors import compute_dtype, sites_as_targets
 from .merge import fold_weights, follow, put_values
 
 FORMS = "factors"  # name of the adapter in a twin

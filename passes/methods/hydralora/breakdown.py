@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....rewriter.errors import AdapterError, FxgraftError, listing
-from ...models.factors import linear_factors
+from ..low_rank_factors import linear_factors
 
 Adapter = nn.Module | Mapping[str, Tensor]
 _SUFFIXES = ((".A", ".B"), (".lora_A.weight", ".lora_B.weight"), (".lora_A.default.weight", ".lora_B.default.weight"))

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fxgraft as fg
 from fxgraft.passes.methods.hydralora.hydralora import HydraLoRA, expert_dropout
-from fxgraft.passes.models.factors import linear_factors
+from fxgraft.passes.methods.low_rank_factors import linear_factors
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fxgraft as fg
+from fxgraft.passes.methods.low_rank_factors import linear_factors
 from fxgraft.passes.methods.prolora import PRoLoRA, chunks_are_cheaper, rotation
-from fxgraft.passes.models.factors import linear_factors
 
 torch.set_num_threads(1)
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fxgraft as fg
+from fxgraft.passes.methods.low_rank_factors import linear_factors
 from fxgraft.passes.models.combine import Combination
-from fxgraft.passes.models.factors import linear_factors
 
 METHODS = get_args(Combination)
 SITES = ["up", "down"]
