@@ -208,8 +208,10 @@ class BankRecord:
         """Inside somebody else's graph the values of ids cannot be looked at: the graph does it."""
         ids = given[ADAPTER_IDS]
         if ids is not None:
-            there = ((ids >= 0) & (ids < self.slots)).all()
-            torch._assert_async(there, f"adapter_ids: slots go from 0 (no adapter) to {self.slots - 1}")
+            there = (ids >= 0) & (ids < self.slots)
+            torch._assert_async(there.all(), f"adapter_ids: slots go from 0 (no adapter) to {self.slots - 1}")
+            # Inductor of torch 2.11 drops the assertion: there, the stacks have no such slot
+            return {**given, ADAPTER_IDS: torch.where(there, ids, self.slots)}
         return given
 
     # -- rows ----------------------------------------------------------------------------------------------------

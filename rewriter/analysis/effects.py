@@ -82,11 +82,15 @@ _WRAPPERS = {"tag_activation_checkpoint", "wrap", "wrap_with_set_grad_enabled", 
              "cond", "while_loop", "scan", "associative_scan", "map_impl", "invoke_subgraph"}  # fmt: skip
 
 
+#: methods of Python for operators of the dispatcher: Dynamo of torch 2.11 leaves them in its graphs
+_COMPARISONS = {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
 @functools.lru_cache(maxsize=4096)
 def _overloads(name: str) -> tuple[torch._ops.OpOverload, ...]:
     """What the dispatcher knows of an ATen name; TorchScript's own operators on lists and numbers left out."""
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
+    packet = getattr(torch.ops.aten, _COMPARISONS.get(name, name), None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):  # nothing, or an attribute of Python's own
         return ()
     found = [getattr(packet, overload) for overload in packet.overloads()]
     return tuple(op for op in found if torch._C._dispatch_has_kernel(op.name()))

@@ -174,7 +174,8 @@ def _class(own: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
             given = {name: kwargs.pop(name, None) for name in names}
             if not admitted:
                 check_batch(given, args, kwargs, 0 if guard is None else guard.batch_axis)
-                if guard is not None and not torch.compiler.is_exporting():
+                # Dynamo of torch 2.11 takes every trace for an export
+                if guard is not None and (torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting()):
                     given = guard.compiled(given)
             return _told(self, own.forward, given, args, kwargs)
         finally:

@@ -317,7 +317,7 @@ def test_memory_stays_far_below_the_full_gradients():
 # -- several processes -------------------------------------------------------------------------------------------
 WORKER = """
     import sys, torch, torch.distributed as dist, torch.nn as nn
-    from fxgraft.passes.estimate import estimate_update
+    from fxgraft.passes.methods.lora_sb.estimate import estimate_update
     rank, folder = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
