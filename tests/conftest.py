@@ -1,10 +1,10 @@
-"""Small models and helpers every test file uses. Seeds and thread counts are fixed."""
+"""Fixtures of every test file: small models, fixed seeds, one thread."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from small_models import MLP
 
 
 @pytest.fixture(autouse=True)
@@ -15,19 +15,6 @@ def _deterministic():
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-class MLP(nn.Module):
-    """Rectangular, with and without bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(7, 11)
-        self.down = nn.Linear(11, 5, bias=False)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.down(torch.relu(self.up(x))))
 
 
 @pytest.fixture
@@ -75,18 +62,3 @@ def gpt2():
 @pytest.fixture
 def ids():
     return torch.randint(3, 90, (3, 9))
-
-
-def perturb(model: nn.Module, scale: float = 0.1) -> nn.Module:
-    """Give every trained tensor a value that shows in the output."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * scale)
-    return model
-
-
-def relative_error(value: torch.Tensor, oracle: torch.Tensor) -> float:
-    """Largest deviation from a float64 oracle, relative to the oracle's largest entry."""
-    oracle = oracle.detach().double()
-    return ((value.detach().double() - oracle).abs().max() / oracle.abs().max()).item()

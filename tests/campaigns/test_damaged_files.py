@@ -14,9 +14,9 @@ import warnings
 import pytest
 import test_author_checkpoints as theirs
 import torch
-from conftest import perturb
 from damage import WEIGHTS, damage_bytes, damage_folder, damage_place
 from safetensors.torch import load_file, save_file
+from small_models import perturb
 
 import fxgraft as fg
 from fxgraft.exporters.adapterfiles.adapter_format import read_adapter

@@ -13,9 +13,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import perturb
 from mutating import Compared
 from random_programs import ROWS, WIDTH, Random, draw
+from small_models import perturb
 
 import fxgraft as fg
 from fxgraft.passes.graph.cleanup import Cleanup

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import perturb
+from small_models import perturb
 from torch import nn
 
 import fxgraft as fg

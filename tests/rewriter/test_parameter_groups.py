@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import perturb
+from small_models import perturb
 from transformers import Trainer, TrainingArguments
 
 import fxgraft as fg

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import perturb
+from small_models import perturb
 from torch import nn
 
 import fxgraft as fg

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import perturb
+from small_models import perturb
 from torch import nn
 
 import fxgraft as fg

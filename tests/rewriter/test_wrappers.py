@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import perturb
+from small_models import perturb
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

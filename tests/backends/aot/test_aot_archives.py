@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import perturb
+from small_models import perturb
 from torch import nn
 
 import fxgraft as fg

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo as dynamo
-from conftest import perturb
+from small_models import perturb
 from torch._dynamo.utils import counters
 
 import fxgraft as fg

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import perturb
+from small_models import perturb
 from test_lowering_passes import Attention, captured, printed
 
 import fxgraft as fg

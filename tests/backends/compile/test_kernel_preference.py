@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo as dynamo
-from conftest import perturb
+from small_models import perturb
 
 import fxgraft as fg
 from fxgraft.backends.compile import kernel_preference as kernels

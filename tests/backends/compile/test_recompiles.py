@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo as dynamo
-from conftest import perturb
+from small_models import perturb
 from torch import nn
 from torch._dynamo.utils import counters
 

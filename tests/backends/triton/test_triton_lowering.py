@@ -11,7 +11,7 @@ import re
 
 import pytest
 import torch
-from conftest import perturb, relative_error
+from small_models import perturb, relative_error
 from torch import nn
 from torch._subclasses import FakeTensorMode
 

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 import torch
-from conftest import perturb
 from safetensors.torch import load_file, save_file
+from small_models import perturb
 
 import fxgraft as fg
 

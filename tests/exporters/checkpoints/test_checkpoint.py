@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from conftest import perturb
 from safetensors.torch import load_file, save_file
+from small_models import perturb
 
 import fxgraft as fg
 

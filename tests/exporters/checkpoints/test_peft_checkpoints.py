@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import perturb
 from safetensors.torch import load_file, save_file
+from small_models import perturb
 from torch import nn
 
 import fxgraft as fg

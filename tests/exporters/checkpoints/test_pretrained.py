@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import MLP, perturb
 from safetensors.torch import load_file, save_file
+from small_models import MLP, perturb
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import perturb, relative_error
+from small_models import perturb, relative_error
 from torch import nn
 
 import fxgraft as fg

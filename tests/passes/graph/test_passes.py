@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import perturb
+from small_models import perturb
 from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 

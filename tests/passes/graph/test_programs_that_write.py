@@ -8,8 +8,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import perturb
 from mutating import INFERENCE_ONLY, PROGRAMS, WIDTH, Compared, Writes
+from small_models import perturb
 
 import fxgraft as fg
 from fxgraft.passes.graph.cleanup import Cleanup

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import perturb
 from mutating import PIPELINES, Compared
+from small_models import perturb
 from torch import nn
 
 import fxgraft as fg

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MLP, relative_error
+from small_models import MLP, relative_error
 from torch import nn
 
 import fxgraft as fg

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import MLP, perturb, relative_error
+from small_models import MLP, perturb, relative_error
 from torch import nn
 
 import fxgraft as fg

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import perturb, relative_error
+from small_models import perturb, relative_error
 from torch import nn
 
 import fxgraft as fg

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import perturb, relative_error
+from small_models import perturb, relative_error
 from torch import nn
 
 import fxgraft as fg

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import perturb, relative_error
+from small_models import perturb, relative_error
 
 import fxgraft as fg
 from fxgraft.passes.methods.unilora.unilora import balanced_indices

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import MLP, perturb
+from small_models import MLP, perturb
 from torch._dynamo.utils import counters
 
 import fxgraft as fg

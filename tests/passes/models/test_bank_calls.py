@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import MLP, perturb
+from small_models import MLP, perturb
 from torch import nn
 
 import fxgraft as fg

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from conftest import perturb
+from small_models import perturb
 from torch import nn
 from torch._dynamo.utils import counters
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import perturb
+from small_models import perturb
 from torch import nn
 
 import fxgraft as fg

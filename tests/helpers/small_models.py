@@ -1,0 +1,34 @@
+"""A model of three linears, adapters with an effect, and how far a value is from its oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class MLP(nn.Module):
+    """Rectangular, with and without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(7, 11)
+        self.down = nn.Linear(11, 5, bias=False)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.down(torch.relu(self.up(x))))
+
+
+def perturb(model: nn.Module, scale: float = 0.1) -> nn.Module:
+    """Give every trained tensor a value that shows in the output."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    return model
+
+
+def relative_error(value: torch.Tensor, oracle: torch.Tensor) -> float:
+    """Largest deviation from a float64 oracle, relative to the oracle's largest entry."""
+    oracle = oracle.detach().double()
+    return ((value.detach().double() - oracle).abs().max() / oracle.abs().max()).item()
