@@ -3,101 +3,39 @@
 from __future__ import annotations
 
 import math
-import re
 import time
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ...backends.artifact.parity import Parity
-from ...backends.artifact.signature import Axes, automatic_axes, bind, check_sizes, given_axes, symbols
+from ...backends.artifact.signature import automatic_axes, bind, check_sizes, given_axes, symbols
 from ...backends.artifact.staging import staged
 from ...rewriter.capture.skeleton import bare
 from ...rewriter.errors import ExportError, listing
 from ...rewriter.method import ADAPTER_IDS
 from ...rewriter.state import find_state
 from ..adapterfiles import graph_manifest as manifest
-from . import surgery
+from . import open_inputs, save_graph
 from .cached_decoder import cached, cached_example
 from .checks import rule_of
+from .export_result import OnnxExport, Shape
 from .flat_call import TURN, FlatCall
+from .graph_names import name_ends, rename_axes, tidy
+from .graph_rewrites import name_transposes, widen_convolutions
 from .modes import make_plan
 from .prepare import runnable, working_copy
 from .record import checked, record_of
 from .seal import seal
-from .translations import translations
-from .weight_files import base_forms, link
+from .translate import fixed_axes, quiet, trace, translate, without
+from .weight_files import base_forms
 from .widen import has_bfloat16
 
-Shape = tuple[int | str, ...]
 MODES = ("merged", "swappable", "bank")
 # torch translates to this opset, or converts from it; its converter goes up to the last.
 OPSETS = (18, 25)
-
-
-@dataclass(frozen=True)
-class OnnxExport:
-    """What was written, and how close it is to torch.
-
-    `inputs`, `outputs` and `adapter_inputs` map names to shapes, with a string for every free dimension; `dynamic_axes`
-    maps input names to {axis: name}. `adapter_inputs` may be left out at run: without them the graph is the base model.
-    `parity` holds the comparisons made, with what each was allowed; none with `check=False`, and then `checked` is
-    False. `renamed` has the inputs and outputs whose names in the model cannot be theirs in the graph, as a weight has
-    the name or both an input and an output: {"inputs": {model's name: the graph's}, "outputs": ...}. `OrtSession` goes
-    by the model's names, and so do `inputs` and `outputs` here.
-    """
-
-    path: Path
-    adapters: str
-    name: str | None
-    inputs: dict[str, Shape]
-    outputs: dict[str, Shape]
-    dynamic_axes: Axes
-    adapter_inputs: dict[str, Shape]
-    opset: int
-    parity: tuple[Parity, ...]
-    tolerance: float
-    files: dict[str, int]
-    seconds: float
-    notes: tuple[str, ...] = field(default=())
-    renamed: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    @property
-    def checked(self) -> bool:
-        """Whether the graph was run and compared with torch."""
-        return bool(self.parity)
-
-    @property
-    def bytes(self) -> int:
-        """Size of the graph and its external data."""
-        return sum(self.files.values())
-
-    def __str__(self) -> str:
-        def shapes(values: Mapping[str, Shape]) -> str:
-            return ", ".join(f"{name} ({' x '.join(map(str, shape)) or 'scalar'})" for name, shape in values.items())
-
-        lines = [
-            f"{self.path}: {self.adapters}, opset {self.opset}, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s",
-            f"  inputs   {shapes(self.inputs)}",
-            f"  outputs  {shapes(self.outputs)}",
-        ]
-        if self.adapter_inputs:
-            sites = {name.rpartition(".")[0] for name, shape in self.adapter_inputs.items() if _rank_free(name, shape)}
-            rest = sum(not _rank_free(name, shape) for name, shape in self.adapter_inputs.items())
-            forms = sorted({name.rpartition(".")[2] for name, s in self.adapter_inputs.items() if _rank_free(name, s)})
-            said = [f"{len(sites)} sites ({', '.join(forms)} of any rank)"] if sites else []
-            said += [f"{rest} trained tensors"] if rest else []
-            lines.append(f"  adapter  {', '.join(said)}")
-        lines.append("  parity   relative to each output's largest value" if self.checked else "  parity   not checked")
-        lines += [
-            f"    {check.case:<32} {check.relative:8.1e}  (allowed {check.allowed:.1e})  {check.sizes}"
-            for check in self.parity
-        ]
-        return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
 
 def export_onnx(
@@ -218,27 +156,27 @@ def export_onnx(
             rule = rule_of(plan, tolerance)
             traced, its_axes, its_dims = plan.extend(example, axes, dims)
             call = FlatCall(plan.module, traced)
-            program = _capture(call, its_dims)
+            program = trace(call, its_dims)
             names, fixed = symbols(program.graph, call.named(its_axes))
             places = {place: key for key, place in call.names.items()}
             fixed = [(places[key], axis, label, size) for key, axis, label, size in fixed]
-            notes = _fixed(fixed, strict)
-            axes = _without(axes, fixed)
-            made = _translate(program, opset)
+            notes = fixed_axes(fixed, strict)
+            axes = without(axes, fixed)
+            made = translate(program, opset)
             del program
-            surgery.rename_axes(made.model, names)
+            rename_axes(made.model, names)
             forms = base_forms(made.model, plan.base.state_dict())
             ids = next((one for one in made.model.graph.inputs if one.name == call.names.get(ADAPTER_IDS)), None)
             opened = plan.open(made.model, ids)
-            surgery.widen_convolutions(made.model)
-            kept = surgery.name_transposes(made.model)
-            with surgery.quiet():
+            widen_convolutions(made.model)
+            kept = name_transposes(made.model)
+            with quiet():
                 made.optimize()
-            surgery.unpin(made.model, kept)
-            surgery.close(made.model, opened)
+            open_inputs.unpin(made.model, kept)
+            open_inputs.close(made.model, opened)
             plan.close(made.model)
-            renamed = surgery.name_ends(made.model, places, call.outputs, opened)
-            surgery.tidy(made.model)
+            renamed = name_ends(made.model, places, call.outputs, opened)
+            tidy(made.model)
             described = _describe(made.model, opened, manifest.Renamed(**renamed))
             about = {
                 "adapters": adapters,
@@ -258,7 +196,7 @@ def export_onnx(
             }
             made.model.metadata_props[manifest.KEY] = manifest.dump(about)
             file = folder / target.name
-            _save(made.model, file, external_data, target.parent, forms)
+            save_graph.save(made.model, file, external_data, target.parent, forms)
             narrow = has_bfloat16(made.model)
             del made
             parity: list[Parity] = []
@@ -289,94 +227,13 @@ def export_onnx(
     )
 
 
-def _capture(call: FlatCall, dims: dict[str, Any]) -> torch.export.ExportedProgram:
-    try:
-        with surgery.quiet():
-            program = torch.export.export(call.module, (), call.inputs, dynamic_shapes=call.dims(dims), strict=False)
-    except ExportError:
-        raise
-    except Exception as error:  # torch.export raises a dozen unrelated classes
-        said = _brief(error)
-        for name, place in call.names.items():
-            said = re.sub(rf"\b{place}\b", name, said)
-        raise ExportError(f"torch.export cannot trace the model: {said}") from error
-    return program
-
-
-def _fixed(fixed: Sequence[tuple[str, int, str, int]], strict: bool) -> tuple[str, ...]:
-    """Notes on the axes that the model fixes; an error where they were asked for."""
-    notes = []
-    for key, axis, label, size in fixed:
-        what = (
-            f"the model fixes axis {axis} ({label!r}) of input {key!r} to {size}: it computes with the number, not "
-            "with the input's size"
-        )
-        if strict:
-            raise ExportError(f"{what}. Leave the axis out of dynamic_shapes, or change the model")
-        notes.append(what)
-        if label == "batch" and key != ADAPTER_IDS:
-            warnings.warn(f"{what}. The graph takes no other", stacklevel=4)
-    return tuple(notes)
-
-
-def _translate(program: torch.export.ExportedProgram, opset: int | None) -> Any:
-    try:
-        with surgery.quiet():
-            # Unoptimised: the optimizer would fold and merge the very tensors that become inputs.
-            made = torch.onnx.export(
-                program,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=opset,
-                custom_translation_table=translations(),
-            )
-    except Exception as error:  # as above
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the first text says how to report it to PyTorch, the last what it is
-            cause = cause.__cause__
-        raise ExportError(f"the model does not translate to ONNX: {_brief(cause)}") from error
-    assert made is not None
-    got = made.model.opset_imports[""]
-    if opset is not None and got != opset:
-        raise ExportError(
-            f"the graph does not convert to opset {opset}, it stays at {got}: leave opset out, or give {got}"
-        )
-    return made
-
-
-def _save(model: Any, file: Path, external_data: bool | None, folder: Path, forms: Mapping[str, torch.Tensor]) -> None:
-    import onnx
-
-    try:
-        links = surgery.save(model, file, external_data, folder, forms)
-        onnx.checker.check_model(str(file))
-        link(links)
-    except OSError as error:
-        raise ExportError(f"cannot write {file.name!r}: {error.strerror or error}") from error
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"onnx.checker refuses the exported graph: {error}") from error
-
-
-def _without(axes: Axes, fixed: Sequence[tuple[str, int, str, int]]) -> Axes:
-    """The axes that stay dynamic."""
-    gone = {(key, axis) for key, axis, _, _ in fixed}
-    left = {key: {i: label for i, label in named.items() if (key, i) not in gone} for key, named in axes.items()}
-    return {key: named for key, named in left.items() if named}
-
-
-def _rank_free(name: str, shape: Shape) -> bool:
-    """Whether an adapter input belongs to a site's form: one of its legs has the site's own free rank."""
-    return name.rpartition(".")[2] == "router" or f"{name.rpartition('.')[0]}.rank" in shape
-
-
 def _specs(adapted: torch.nn.Module) -> dict[str, Any]:
     """The configs of a model's adapters, by name."""
     state = find_state(adapted)
     return {name: record.spec.to_dict() for name, record in state.adapters.items()} if state is not None else {}
 
 
-def _describe(model: Any, opened: Mapping[str, surgery.Opened], renamed: manifest.Renamed) -> dict[str, Any]:
+def _describe(model: Any, opened: Mapping[str, open_inputs.Opened], renamed: manifest.Renamed) -> dict[str, Any]:
     ins, outs = renamed.model_inputs(), renamed.model_outputs()
 
     def shape(value: Any) -> Shape:
@@ -390,11 +247,6 @@ def _describe(model: Any, opened: Mapping[str, surgery.Opened], renamed: manifes
         "dynamic_axes": {key: named for key, named in axes.items() if named},
         "opset": model.opset_imports[""],
     }
-
-
-def _brief(error: BaseException, lines: int = 12) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: " + "\n".join(text[:lines] + (["..."] if len(text) > lines else []))
 
 
 __all__ = ["OnnxExport", "export_onnx"]

@@ -25,7 +25,8 @@ from ..adapterfiles import graph_manifest as manifest
 from ..adapterfiles.export_adapter import swappable_head
 from ..adapterfiles.fit import DIFFERENCE
 from ..adapterfiles.structured import describe, own_keys, own_tensors
-from . import surgery
+from . import open_inputs
+from .graph_rewrites import refuse_negative_ids
 
 Inputs = Mapping[str, torch.Tensor]
 Arrays = dict[str, np.ndarray]
@@ -50,7 +51,7 @@ class Plan:
         """The example the module is traced with, from the user's."""
         return example, axes, dims
 
-    def open(self, model: Any, ids: Any) -> dict[str, surgery.Opened]:
+    def open(self, model: Any, ids: Any) -> dict[str, open_inputs.Opened]:
         """Turn adapter tensors into inputs, before the optimizer runs. `ids` is a bank's input for the slots."""
         return {}
 
@@ -117,7 +118,7 @@ class Swappable(Plan):
         self.sites = tuple(sorted(site.name for site in record_of(adapted, self.name).sites))
         self.fingerprint = manifest.fingerprint(self.base, self.sites)
 
-    def open(self, model: Any, ids: Any) -> dict[str, surgery.Opened]:
+    def open(self, model: Any, ids: Any) -> dict[str, open_inputs.Opened]:
         sites = {}
         for site, (form, tensors) in self.twin.sites.items():
             legs = {}
@@ -125,13 +126,13 @@ class Swappable(Plan):
                 sizes = zip(axes, tensors[leg].shape, strict=True)
                 shape = tuple(size if axis in ("in", "out") else f"{site}.{axis}" for axis, size in sizes)
                 default = tensors[leg].new_zeros([size if isinstance(size, int) else 0 for size in shape])
-                legs[leg] = surgery.Leg(self.twin.keys[site][leg], shape, default)
+                legs[leg] = open_inputs.Leg(self.twin.keys[site][leg], shape, default)
             sites[site] = legs
         # Of tied tensors the graph has one, under either name.
         ties, there = tied_names(self.module), model.graph.initializers
         keys = {key: next((n for n in sorted(ties.get(key, ())) if n in there), key) for key in self.defaults}
-        heads = surgery.open_trained(model, self.defaults, {k: n for k, n in keys.items() if k not in there})
-        return {**surgery.open_sites(model, sites), **heads}
+        heads = open_inputs.open_trained(model, self.defaults, {k: n for k, n in keys.items() if k not in there})
+        return {**open_inputs.open_sites(model, sites), **heads}
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
         yield "no adapter", _torch(self.base), {}
@@ -172,8 +173,8 @@ class Own(Plan):
     def about(self) -> dict[str, Any]:
         return {"own": self.described}
 
-    def open(self, model: Any, ids: Any) -> dict[str, surgery.Opened]:
-        return surgery.open_trained(model, self.defaults, self.keys)
+    def open(self, model: Any, ids: Any) -> dict[str, open_inputs.Opened]:
+        return open_inputs.open_trained(model, self.defaults, self.keys)
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
         yield "no adapter", _torch(self.base), {}
@@ -305,7 +306,7 @@ class Banked(Plan):
         slots = [*self.tenants.values(), 0]
         return torch.tensor([slots[(i + start) % len(slots)] for i in range(batch)])
 
-    def open(self, model: Any, ids: Any) -> dict[str, surgery.Opened]:
+    def open(self, model: Any, ids: Any) -> dict[str, open_inputs.Opened]:
         self._slots = ids
         sites = {}
         for site, (form, tensors) in self.twin.sites.items():
@@ -313,16 +314,16 @@ class Banked(Plan):
             for leg, axes in form.axes.items():
                 free = {"slots": "slots", "rank": f"{site}.rank"}
                 shape = tuple(free.get(axis, size) for axis, size in zip(axes, tensors[leg].shape, strict=True))
-                legs[leg] = surgery.Leg(self.twin.keys[site][leg], shape, tensors[leg])
+                legs[leg] = open_inputs.Leg(self.twin.keys[site][leg], shape, tensors[leg])
             sites[site] = legs
-        surgery.pin(model, list(self.heads))
+        open_inputs.pin(model, list(self.heads))
         stacks = {stack: (f"{key}{DIFFERENCE}", values) for key, (stack, values) in self.heads.items()}
-        return {**surgery.open_sites(model, sites, ids), **surgery.open_stacks(model, stacks, ids)}
+        return {**open_inputs.open_sites(model, sites, ids), **open_inputs.open_stacks(model, stacks, ids)}
 
     def close(self, model: Any) -> None:
         state = self.base.state_dict()
-        surgery.unpin(model, {key: state[key] for key in self.heads})
-        surgery.refuse_negative_ids(model, self._slots)
+        open_inputs.unpin(model, {key: state[key] for key in self.heads})
+        refuse_negative_ids(model, self._slots)
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
         ids = self._ids(tensors, step)

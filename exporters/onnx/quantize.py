@@ -26,11 +26,11 @@ from ...backends.artifact.staging import staged
 from ...rewriter.errors import ExportError, VerifyError, listing, path_of
 from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles import graph_manifest as manifest
-from . import surgery
+from . import save_graph
 from .checks import drawn, probe, random_adapter
 from .graph_parity import quiet_session, run
 from .seal import RECORD, SEAL, check_seal, seal
-from .weight_files import link
+from .translate import quiet
 
 _DRAWS = 4  # random inputs of every size
 
@@ -105,7 +105,7 @@ def quantize_onnx(
     before = _products(model)
     with staged(out, ".onnx") as folder:
         try:
-            with surgery.quiet(), _silent():
+            with quiet(), _silent():
                 made = _in_bits(model, bits, block_size, left, folder)
         except Exception as error:  # onnxruntime's quantisers raise whatever they stumble over
             raise ExportError(f"onnxruntime does not quantise {str(source)!r}: {error}") from error
@@ -177,7 +177,7 @@ def _in_bits(model: Any, bits: int, block_size: int, exclude: list[str], work: P
             per_channel=True,
             weight_type=QuantType.QUInt8,
             nodes_to_exclude=exclude,
-            use_external_data_format=model.ByteSize() > surgery.INLINE_BYTES,
+            use_external_data_format=model.ByteSize() > save_graph.INLINE_BYTES,
         )
         return _read(file)
 
@@ -194,10 +194,7 @@ def _write(model: Any, told: Mapping[str, Any], file: Path, external_data: bool 
     made = ir.from_proto(model)
     made.metadata_props.clear()
     made.metadata_props[manifest.KEY] = json.dumps(told, sort_keys=True)
-    try:
-        link(surgery.save(made, file, external_data, folder, {}))
-    except OSError as error:
-        raise ExportError(f"cannot write {file.name!r}: {error.strerror or error}") from error
+    save_graph.save(made, file, external_data, folder)
 
 
 def _compared(

@@ -126,7 +126,7 @@ def test_every_folder_of_a_layer_has_its_place():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("fxgraft.exporters.adapterfiles.fit", "from ..onnx.surgery import prune"),
+        ("fxgraft.exporters.adapterfiles.fit", "from ..onnx.graph_rewrites import name_transposes"),
         ("fxgraft.exporters.onnx.export", "def f():\n    from ..ort.session import OrtSession"),
         ("fxgraft.exporters.ort.session", "from ..checkpoints import folder"),
         ("fxgraft.backends.artifact.parity", "from ..aot import package"),

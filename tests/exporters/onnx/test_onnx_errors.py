@@ -17,7 +17,7 @@ from fxgraft.backends.artifact.signature import (
     named_tensors,
     other_sizes,
 )
-from fxgraft.exporters.onnx import surgery as graph
+from fxgraft.exporters.onnx import save_graph
 from fxgraft.exporters.onnx.export import export_onnx
 from fxgraft.exporters.ort.session import export_ort_adapter
 from fxgraft.rewriter.errors import ExportError, ParityError
@@ -74,7 +74,7 @@ def test_a_failed_parity_leaves_the_previous_file(adapted, tmp_path, monkeypatch
     path = tmp_path / "m.onnx"
     export_onnx(adapted, path, (X,))
     before = path.read_bytes()
-    save = graph.save
+    save = save_graph.save
 
     def corrupt(model, file, *options):
         value = model.graph.initializers["head.weight"]
@@ -83,7 +83,7 @@ def test_a_failed_parity_leaves_the_previous_file(adapted, tmp_path, monkeypatch
         value.const_value = onnx_ir.tensor(value.const_value.numpy() * 1.001, name=value.name)
         return save(model, file, *options)
 
-    monkeypatch.setattr(graph, "save", corrupt)
+    monkeypatch.setattr(save_graph, "save", corrupt)
     with pytest.raises(ParityError, match=r"output 'scores' \(example, merged; x 4x6\) differs from torch by"):
         export_onnx(adapted, path, (X,))
     assert names(tmp_path) == ["m.onnx"] and path.read_bytes() == before

@@ -12,7 +12,7 @@ from torch import nn
 import fxgraft as fg
 from fxgraft.backends.artifact.parity import MULTIPLE, hold
 from fxgraft.backends.artifact.wide_oracle import widely
-from fxgraft.exporters.onnx import surgery as graph
+from fxgraft.exporters.onnx import open_inputs, save_graph
 from fxgraft.rewriter.errors import ParityError
 
 
@@ -67,14 +67,14 @@ def test_the_rule():
 
 def planted(monkeypatch, name, change):
     """The next graph is written with one weight changed."""
-    save = graph.save
+    save = save_graph.save
 
     def other(model, file, *options):
         value = model.graph.initializers[name]
         value.const_value = ir.tensor(change(value.const_value.numpy().copy()), name=name)
         return save(model, file, *options)
 
-    monkeypatch.setattr(graph, "save", other)
+    monkeypatch.setattr(save_graph, "save", other)
 
 
 def test_a_small_error_in_a_merged_delta_is_found(tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_a_fresh_adapter_hides_no_mistake(tmp_path, monkeypatch):
     fresh = fg.rewrite(models.classifier(), fg.Spec(fg.LoRA(rank=2), targets=["up", "down"]))  # B is zero
     example = (torch.randn(4, 6),)
     fg.export_onnx(fresh, tmp_path / "m.onnx", example, adapters="swappable")
-    close = graph.close
+    close = open_inputs.close
 
     def cut(model, opened):  # a graph that forgets the adapter of one site
         close(model, opened)
@@ -110,7 +110,7 @@ def test_a_fresh_adapter_hides_no_mistake(tmp_path, monkeypatch):
                 zero.replace_input_with(0, value), zero.replace_input_with(1, value)
                 model.graph.insert_after(node, zero)
 
-    monkeypatch.setattr(graph, "close", cut)
+    monkeypatch.setattr(open_inputs, "close", cut)
     with pytest.raises(ParityError, match="random adapter"):
         fg.export_onnx(fresh, tmp_path / "m.onnx", example, adapters="swappable")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fxgraft as fg
-from fxgraft.exporters.onnx import surgery as graph
+from fxgraft.exporters.onnx import graph_rewrites
 
 
 def weights(export: fg.OnnxExport) -> set[str]:
@@ -98,7 +98,7 @@ def test_a_transposed_weight_is_no_copy():
     """What the graph has as `w.T` reads the memory of the model's own weight."""
     base = models.classifier()
     program = torch.onnx.export(base, (torch.randn(2, 3, 6),), dynamo=True, optimize=False, verbose=False)
-    graph.name_transposes(program.model)
+    graph_rewrites.name_transposes(program.model)
     turned = {name: value for name, value in program.model.graph.initializers.items() if name.endswith(".T")}
     assert set(turned) == {"up.weight.T", "down.weight.T", "head.weight.T"}
     state = base.state_dict()
