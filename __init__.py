@@ -14,7 +14,7 @@ from .exporters.onnx.gpu_check import GpuReport, check_gpu
 from .exporters.onnx.quantize import QuantizedOnnx, quantize_onnx
 from .exporters.onnx.verify import Verification, verify
 from .exporters.ort.session import OrtSession
-from .passes.methods import GLoRA, GLoRAPath, HydraLoRA, LoRA, LoRASB, LoRAXS, PRoLoRA, UniLoRA
+from .passes.methods import GLoRA, GLoRAPath, HydraLoRA, LoRA, LoRASB, LoRAXS, PRoLoRA, UniLoRA, VeRA
 from .passes.methods.glora.fix_paths import fix_paths, get_paths, set_paths
 from .passes.methods.glora.search import search_paths
 from .passes.methods.hydralora.breakdown import lora_breakdown
@@ -82,6 +82,7 @@ __all__ = [
     "TargetError",
     "UniLoRA",
     "UpdateEstimate",
+    "VeRA",
     "Verification",
     "VerifyError",
     "active",

@@ -92,7 +92,7 @@ class Row:
     """One published count. For Uni-LoRA `virtual` is the number of LoRA parameters its vector stands for."""
 
     model: str
-    method: fg.LoRA | fg.UniLoRA | fg.LoRASB | fg.PRoLoRA | fg.HydraLoRA | fg.GLoRA
+    method: fg.LoRA | fg.UniLoRA | fg.VeRA | fg.LoRASB | fg.PRoLoRA | fg.HydraLoRA | fg.GLoRA
     targets: tuple[str, ...]
     published: int
     virtual: int | None = None
@@ -115,6 +115,10 @@ ROWS = (
         Row(name, fg.LoRA(64), ALL, count)
         for name, count in (("Gemma-7B", 200_015_872), ("Llama-2-7B", 159_907_840), ("Llama-2-13B", 250_347_520))
     ),
+    Row("RoBERTa-base", fg.VeRA(1024), QV, 43_008),
+    Row("RoBERTa-large", fg.VeRA(256), QV, 61_440),
+    *(Row("Llama-2-7B", fg.VeRA(r), ALL, n) for r, n in ((256, 1_417_216), (1024, 1_589_248))),
+    Row("Llama-2-13B", fg.VeRA(1024), ALL, 2_416_640),
     *(Row("Mistral-7B", fg.LoRASB(r), ALL, n) for r, n in ((32, 229_376), (64, 917_504), (96, 2_064_384))),
     *(Row("Gemma-2-9B", fg.LoRASB(r), ALL, n) for r, n in ((32, 301_056), (64, 1_204_224), (96, 2_709_504))),
     *(Row("Llama-3.2-3B", fg.LoRASB(r), ALL, n) for r, n in ((32, 200_704), (64, 802_816), (96, 1_806_336))),

@@ -75,7 +75,7 @@ class Method(Config, abc.ABC):
     unmergeable: ClassVar[str | None] = None
     #: why the method is not a low-rank product; None where it is
     not_low_rank: ClassVar[str | None] = None
-    #: trainable tensors that a whole model shares: they take a learning rate of their own and no weight decay
+    #: trained vectors over frozen projections: they take a learning rate of their own and no weight decay
     vectors: ClassVar[tuple[str, ...]] = ()
     #: what a call brings for it: keyword arguments of the model's forward, which `Emitter.given` reads by name
     inputs: ClassVar[tuple[str, ...]] = ()
@@ -106,6 +106,10 @@ class Method(Config, abc.ABC):
 
     def derive(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors]) -> None:
         """Fill the derived tensors in place from the config alone; few methods have any. Not called on meta."""
+
+    def seen_by(self, site: Site, shared: Tensors) -> Tensors:
+        """The shared tensors as one site has them: views cut to its size, where they serve sites of several."""
+        return shared
 
     # -- graph -----------------------------------------------------------------------------------------------------
     @abc.abstractmethod

@@ -26,7 +26,7 @@ def parameter_groups(
 
     | group           | holds                                                      | rate        | decay          |
     | `adapter`       | the adapters' tensors                                      | `lr`        | `weight_decay` |
-    | `vector`        | those a whole model shares (Uni-LoRA's)                    | `vector_lr` | 0              |
+    | `vector`        | those that scale what is frozen (Uni-LoRA's, VeRA's)      | `vector_lr` | 0              |
     | `head`, `base`  | modules trained with an adapter; base weights you unfroze  | `head_lr`, `lr` | `weight_decay` |
     | `*_no_decay`    | biases and norms of these                                  | as theirs   | 0              |
 

@@ -129,9 +129,12 @@ class AdapterTensors(Container):
         return {**self._parameters, **self._buffers}
 
     def shared_tensors(self) -> dict[str, Any]:
-        """The tensors this site shares with the others of its group; empty where there are none."""
+        """What this site sees of the tensors it shares with the others of its group; empty where there are none."""
         shared = self.__dict__["shared"]
-        return shared.tensors() if shared is not None else {}
+        if shared is None:
+            return {}
+        tensors = shared.tensors()
+        return dict(self.method.seen_by(self.site, tensors)) if self.site is not None else tensors
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in self.tensors().items())

@@ -133,7 +133,8 @@ class Expander:
         shared = prepared.fill(prepared.declaration.shared, group["shared"], prepared.shared, left, what)
         found = {}
         for site, decls, derived in zip(sites, prepared.declaration.local, prepared.local, strict=True):
-            _, values = read_form(method, shared, prepared.fill(decls, f"{site.name}.", derived, left, what))
+            own = prepared.fill(decls, f"{site.name}.", derived, left, what)
+            _, values = read_form(method, method.seen_by(site, shared), own)
             found.update({f"{site.name}.{leg}": t.to(site.dtype).contiguous() for leg, t in values.items()})
         return found
 

@@ -94,11 +94,15 @@ def _as_checkpoint(hint: str) -> Iterator[None]:
         raise CheckpointError(f"{error}. {hint}") from error
 
 
-def derived_hash(model: torch.nn.Module, name: str) -> str | None:
-    """SHA-256 of what an adapter derives from its config (Uni-LoRA's indices, PRoLoRA's rotations); None: nothing.
+def derived_hash(model: torch.nn.Module, name: str, *, signs: bool = True) -> str | None:
+    """SHA-256 of what an adapter derives from its config (Uni-LoRA's indices, VeRA's A and B); None: nothing.
 
     A vector means something only under the very indices it was trained with, and those follow from the config, the
-    order of the sites and numpy's generator.
+    order of the sites and a random generator.
+
+    Args:
+        signs: of real numbers the signs only, which a model in another dtype rounds to the same; older folders have
+            the hash of their values.
     """
     root = unwrap(model)
     told, any_there = hashlib.sha256(), False
@@ -108,15 +112,17 @@ def derived_hash(model: torch.nn.Module, name: str) -> str | None:
             if tensor is None or tensor.is_meta:
                 return None
             any_there = True
-            update_hash(told, prefix + key, tensor)
+            update_hash(told, prefix + key, tensor.signbit() if signs and tensor.is_floating_point() else tensor)
     return told.hexdigest() if any_there else None
 
 
 def check_derived(model: torch.nn.Module, name: str, said: object, what: str) -> None:
     """Raise where an adapter derives something else here than where it was saved; without a hash nothing is known."""
-    if said is not None and (here := derived_hash(model, name)) is not None and here != said:
+    if said is None or derived_hash(model, name) in (None, said):
+        return
+    if derived_hash(model, name, signs=False) != said:
         raise CheckpointError(
             f"{what} was trained with another projection than its config gives here: the order of the model's layers "
-            "or numpy's random generator is another one. Load it where it was saved, and save it with "
-            "format='peft', save_indices=True (Uni-LoRA), or fg.to_lora(adapted), which is exact"
+            "or the random generator of numpy or torch is another one. Load it where it was saved, and save it with "
+            "format='peft', save_indices=True (Uni-LoRA, VeRA), or fg.to_lora(adapted), which is exact"
         )

@@ -11,5 +11,6 @@ from .lora_xs import LoRAXS
 from .prolora import PRoLoRA
 from .unilora import unilora_bank  # noqa: F401  (a saved spec may name them)
 from .unilora.unilora import UniLoRA
+from .vera import VeRA
 
-__all__ = ["GLoRA", "GLoRAPath", "HydraLoRA", "LoRA", "LoRASB", "LoRAXS", "PRoLoRA", "UniLoRA"]
+__all__ = ["GLoRA", "GLoRAPath", "HydraLoRA", "LoRA", "LoRASB", "LoRAXS", "PRoLoRA", "UniLoRA", "VeRA"]
