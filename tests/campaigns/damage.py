@@ -5,7 +5,8 @@ import os
 import shutil
 import struct
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from adapter_files import CONFIG, WEIGHTS
+
 NASTY = [
     None, True, False, 0, -1, 1, 2, 3, 2**40, 2**50, 2**63, 10**30, 0.0, -1.5, 0.5, 1e308, 1e-320, "", "x", "0", "up",
     "nan", "re:", "re:(", "re:(a+)+$", "re:(.*)*(.*)*x", "*", "[", "up\0", "é" * 300, "all-linear", [], {}, [[]],

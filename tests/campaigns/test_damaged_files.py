@@ -11,8 +11,8 @@ import random
 import shutil
 import warnings
 
+import author_folders as theirs
 import pytest
-import test_author_checkpoints as theirs
 import torch
 from damage import WEIGHTS, damage_bytes, damage_folder, damage_place
 from safetensors.torch import load_file, save_file

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from test_adapter_folders import CONFIG, edit_unsealed
+from adapter_files import CONFIG, edit_unsealed
 from torch import nn
 
 import fxgraft as fg

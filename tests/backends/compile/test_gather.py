@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from captured_attention import Attention, captured, printed
 from small_models import perturb
-from test_lowering_passes import Attention, captured, printed
 
 import fxgraft as fg
 from fxgraft.backends.compile.gather_apart import GatherApart, gathered_factors

@@ -8,12 +8,12 @@ import threading
 
 import pytest
 import torch
+from adapter_files import CONFIG, WEIGHTS
 from safetensors.torch import load_file, save_file
 from small_models import perturb
 
 import fxgraft as fg
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMATS = ["fxgraft", "peft"]
 
 
@@ -25,14 +25,6 @@ def made(mlp, rank, value, alpha=8):
             if parameter.requires_grad:
                 parameter.fill_(value)
     return adapted
-
-
-def edit_unsealed(folder, change):
-    """Change a config, and drop the record that would tell."""
-    config = json.loads((folder / CONFIG).read_text())
-    change(config)
-    (folder / CONFIG).write_text(json.dumps(config))
-    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -5,28 +5,26 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from author_folders import (
+    CONFIG,
+    FULL,
+    SITES,
+    WEIGHTS,
+    Net,
+    P,
+    base,
+    glora,
+    hydralora,
+    latent,
+    prolora,
+    run,
+    same_model,
+    unilora,
+    write,
+)
+from safetensors.torch import load_file
 
 import fxgraft as fg
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-P = "base_model.model."
-
-
-class Net(nn.Module):
-    """Rectangular; `down` has no bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleDict({"up": nn.Linear(7, 11), "down": nn.Linear(11, 6, bias=False)})
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.head(self.layers["down"](torch.tanh(self.layers["up"](x))))
-
-
-SITES = {"layers.up": (11, 7), "layers.down": (6, 11)}  # out, in
 
 
 @pytest.fixture
@@ -37,28 +35,6 @@ def net():
 @pytest.fixture
 def x():
     return torch.randn(4, 7, dtype=torch.float64)
-
-
-def write(folder, config, tensors):
-    folder.mkdir(exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config))
-    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / WEIGHTS)
-    return folder
-
-
-def run(net, x, layer, head=None):
-    """The network with `layer(name, x)` in place of its two linears."""
-    hidden = layer("layers.down", torch.tanh(layer("layers.up", x)))
-    return (head or net.head)(hidden)
-
-
-def base(net, name, x):
-    return net.get_submodule(name)(x)
-
-
-def same_model(net, before):
-    now = net.state_dict()
-    return list(before) == list(now) and all(torch.equal(t, before[k]) for k, t in now.items())
 
 
 def check(net, x, folder, expected, method, name="theirs"):
@@ -76,21 +52,6 @@ def check(net, x, folder, expected, method, name="theirs"):
     return loaded
 
 
-# -- the folders ---------------------------------------------------------------------------------------------------
-FORK = {"peft_type": "LORA", "target_modules": ["up", "down"], "lora_dropout": 0.0, "bias": "none", "task_type": None}
-
-
-def hydralora(folder, experts=3):
-    tensors = {}
-    for site, (out, width) in SITES.items():
-        tensors[f"{P}{site}.lora_route.weight"] = torch.randn(experts, width)
-        tensors[f"{P}{site}.lora_A.weight"] = torch.randn(2, width)
-        for i in range(experts):
-            tensors[f"{P}{site}.lora_B{i}.weight"] = torch.randn(out, 2)
-    config = {**FORK, "r": 2, "lora_alpha": 3, "lora_nums": experts, "merge_weights": False, "blc_alpha": 0.1}
-    return write(folder, config, tensors)
-
-
 @pytest.mark.parametrize("experts", [2, 3, 11])
 def test_hydralora(net, x, tmp_path, experts):
     tensors = load_file(hydralora(tmp_path / "a", experts) / WEIGHTS)
@@ -104,15 +65,6 @@ def test_hydralora(net, x, tmp_path, experts):
         return y
 
     check(net, x, tmp_path / "a", run(net, x, layer), fg.HydraLoRA)
-
-
-def latent(folder, **config):
-    tensors = {}
-    for site, (out, width) in SITES.items():
-        tensors[f"{P}{site}.lora_A.weight"] = torch.randn(3, width)
-        tensors[f"{P}{site}.lora_B.weight"] = torch.randn(out, 3)
-        tensors[f"{P}{site}.default_lora_latent_mapping.weight"] = torch.randn(3, 3)
-    return write(folder, {**FORK, "r": 3, "lora_alpha": 5, **config}, tensors)
 
 
 @pytest.mark.parametrize(
@@ -136,19 +88,6 @@ def test_lora_sb_and_lora_xs(net, x, tmp_path, config, scales):
     assert {n.rpartition(".")[2] for n, p in loaded.named_parameters() if p.requires_grad} == {"R"}
 
 
-def prolora(folder, r=5, u=2, m=3, n=4, empty=False, **config):
-    q, tensors = r - u, {}
-    for site, (out, width) in SITES.items():
-        if q or empty:
-            tensors[f"{P}{site}.lora_A.default.weight"] = torch.randn(q, -(-width // m))
-            tensors[f"{P}{site}.lora_B.default.weight"] = torch.randn(-(-out // n), q)
-        if u or empty:
-            tensors[f"{P}{site}.lora_A_vec.default"] = torch.randn(u, width)
-            tensors[f"{P}{site}.lora_B_vec.default"] = torch.randn(u, out)
-    config = {**FORK, "r": r, "lora_alpha": 8, "unshared_r": u, "reduce_lora_A_x": m, "reduce_lora_B_x": n, **config}
-    return write(folder, config, tensors)
-
-
 @pytest.mark.parametrize(
     ("r", "u", "m", "n", "empty"),
     [(5, 2, 3, 4, False), (6, 0, 2, 3, False), (6, 0, 2, 3, True), (4, 4, 3, 2, False), (4, 4, 3, 2, True),
@@ -170,15 +109,6 @@ def test_prolora(net, x, tmp_path, r, u, m, n, empty):
         return base(net, name, x) + 8 / r * (x @ A.T @ B.T)
 
     check(net, x, tmp_path / "a", run(net, x, layer), fg.PRoLoRA)
-
-
-def unilora(folder, d=20):
-    tensors = {"vector_bank": torch.randn(d)}
-    for site, (out, width) in SITES.items():
-        # uneven on purpose, and the last entry is used by nobody
-        tensors[f"{site}.project_params_A"] = torch.randint(0, d - 1, (width, 3)) // 2 * 2
-        tensors[f"{site}.project_params_B"] = torch.randint(0, d - 1, (3, out))
-    return write(folder, {"method": "unilora", "rank": 3, "vector_length": d}, tensors)
 
 
 def test_unilora_first_code(net, x, tmp_path):
@@ -208,7 +138,6 @@ def test_unilora_first_code(net, x, tmp_path):
     torch.testing.assert_close(copied(x), net(x))
 
 
-FULL = {"A": "LoRA_3", "B": "LoRA_3", "C": "LoRA_3", "D": "vector", "E": "vector"}
 PATHS = [
     FULL,
     {"A": "LoRA_2", "B": "LoRA_3", "C": "LoRA_1", "D": "constant", "E": "constant"},
@@ -217,15 +146,6 @@ PATHS = [
     {"A": "none", "B": "LoRA_3", "C": "none", "D": "none", "E": "constant"},
     {"A": "LoRA_1", "B": "none", "C": "LoRA_3", "D": "none", "E": "none"},
 ]
-
-
-def glora(folder, up=FULL, down=FULL):
-    tensors = {}
-    for site, (out, width) in SITES.items():
-        shapes = {"Ad": (out, 3), "Au": (3, width), "Bd": (out, 3), "Bu": (3, width)}
-        shapes |= {"Cd": (width, 3), "Cu": (3, 1), "D": (out,), "E": (out,)}
-        tensors |= {f"{site}.{name}": torch.randn(shape) for name, shape in shapes.items()}
-    return write(folder, {"method": "glora", "rank": 3, "paths": {"layers.up": up, "layers.down": down}}, tensors)
 
 
 @pytest.mark.parametrize("up", range(len(PATHS)))
@@ -296,133 +216,3 @@ def test_second_adapter_and_half_precision(net, x, tmp_path):
     write(folder, json.loads((folder / CONFIG).read_text()), tensors)
     half = fg.load_adapter(net.float(), folder)
     assert {t.dtype for t in fg.adapter_state(half).values()} == {torch.float32}
-
-
-# -- refusals ------------------------------------------------------------------------------------------------------
-MAKERS = {"hydralora": hydralora, "latent": latent, "prolora": prolora, "unilora": unilora, "glora": glora}
-
-
-def drop(*endings):
-    def change(config, tensors):
-        gone = [k for k in tensors if k.endswith(endings)]
-        assert gone
-        for key in gone:
-            del tensors[key]
-
-    return change
-
-
-def put(**changes):
-    return lambda config, tensors: config.update(changes)
-
-
-def add(key, shape=(2, 2)):
-    return lambda config, tensors: tensors.update({key: torch.ones(shape)})
-
-
-def path_of_up(**changes):
-    return lambda config, tensors: config["paths"]["layers.up"].update(changes)
-
-
-UP = P + "layers.up."
-REFUSED = {
-    "hydralora, an expert is missing": ("hydralora", drop("up.lora_B1.weight"), "lacks 1 tensor.*up: lora_B1"),
-    "hydralora, no router": ("hydralora", drop("up.lora_route.weight"), "lacks 1 tensor.*up: lora_route"),
-    "hydralora, a whole layer": ("hydralora", lambda c, t: [t.pop(k) for k in list(t) if ".up." in k], "'layers.up'"),
-    "hydralora, one expert more": ("hydralora", add(UP + "lora_B3.weight", (11, 2)), r"not understood.*lora_B3"),
-    "hydralora, fewer experts": ("hydralora", put(lora_nums=2), r"not understood.*lora_B2"),
-    "hydralora, one expert": ("hydralora", put(lora_nums=1), "one expert needs no router"),
-    "hydralora, no count": ("hydralora", lambda c, t: c.pop("lora_nums"), "'lora_nums' is None"),
-    "hydralora, unequal experts": ("hydralora", add(UP + "lora_B1.weight", (10, 2)), r"differ in shape: lora_B1"),
-    "hydralora, bias": ("hydralora", put(bias="lora_only"), "bias='lora_only'"),
-    "hydralora, fused": ("hydralora", put(enable_lora=[True, False]), r"enable_lora=\[True, False\]"),
-    "hydralora, rank": ("hydralora", put(r=3), r"'layers\.down\.A' is \(2, 11\), the model's is \(3, 11\)"),
-    "latent, no mapping": ("latent", drop("up.default_lora_latent_mapping.weight"), "up: lora_latent_mapping"),
-    "latent, no A": ("latent", drop("up.lora_A.weight"), "up: lora_A"),
-    "latent, more": ("latent", add(UP + "lora_magnitude_vector"), "not understood.*magnitude"),
-    "latent, dora": ("latent", put(use_dora=True), "use_dora=True"),
-    "latent, shape": ("latent", add(UP + "default_lora_latent_mapping.weight", (3, 2)), r"\(3, 2\)"),
-    "latent, rank": ("latent", put(r="3"), "'r' is '3'"),
-    "prolora, no vector": ("prolora", drop("up.lora_A_vec.default"), "up: lora_A_vec"),
-    "prolora, no chunk": ("prolora", drop("up.lora_B.default.weight"), "up: lora_B.weight"),
-    "prolora, other chunks": ("prolora", put(reduce_lora_A_x=2), r"A_shared' is \(3, 4\), the model's is \(3, 6\)"),
-    "prolora, no chunks said": ("prolora", lambda c, t: c.pop("reduce_lora_B_x"), "'reduce_lora_B_x' is None"),
-    "prolora, more unshared than ranks": ("prolora", put(unshared_r=6), "unshared=6"),
-    "prolora, values of rank 0": ("prolora", put(unshared_r=5), "unshared_r leaves it no rank"),
-    "prolora, rslora": ("prolora", put(use_rslora=True), "use_rslora=True"),
-    "prolora, more": ("prolora", add(UP + "lora_C.default.weight"), "not understood.*lora_C"),
-    "unilora, no bank": ("unilora", drop("vector_bank"), "lacks vector_bank"),
-    "unilora, no indices": ("unilora", drop("project_params_A", "project_params_B"), "lacks every project_params"),
-    "unilora, one is missing": ("unilora", drop("up.project_params_B"), "layers.up: project_params_B"),
-    "unilora, more": ("unilora", add("layers.up.scale"), "not understood: 'layers.up.scale'"),
-    "unilora, config": ("unilora", put(norm="l2"), "norm='l2'"),
-    "unilora, length": ("unilora", put(vector_length=19), r"\(20,\), the model's is \(19,\)"),
-    "unilora, rank": ("unilora", put(rank=2), r"'layers\.up\.index_a' is \(3, 7\), the model's is \(2, 7\)"),
-    "unilora, no rank": ("unilora", lambda c, t: c.pop("rank"), "'rank' is None"),
-    "unilora, out of range": (
-        "unilora", lambda c, t: t["layers.up.project_params_A"].fill_(20), "from 20 to 20, the vector has .* 0 to 19",
-    ),
-    "unilora, floats": ("unilora", add("layers.up.project_params_A", (7, 3)), "expected whole numbers"),
-    "unilora, flat indices": (
-        "unilora", lambda c, t: t.update({"layers.up.project_params_A": torch.zeros(21, dtype=torch.long)}), "matrices",
-    ),
-    "glora, no paths": ("glora", lambda c, t: c.pop("paths"), "'paths' is None"),
-    "glora, no path": ("glora", lambda c, t: c["paths"].pop("layers.up"), "no path for 1 site.*'layers.up'"),
-    "glora, no site": ("glora", lambda c, t: c["paths"].update(x=FULL), "lacks the tensors of 1 site.*'x'"),
-    "glora, no tensor": ("glora", drop("up.Cu"), "lacks 1 tensor.*'layers.up.Cu'"),
-    "glora, more": ("glora", add("layers.up.F"), "not understood: 'layers.up.F'"),
-    "glora, config": ("glora", put(scale=2), "scale=2"),
-    "glora, choice": ("glora", path_of_up(A="matrix"), "A='matrix', allowed are"),
-    "glora, low-rank bias": ("glora", path_of_up(D="LoRA_2"), "D='LoRA_2', allowed are"),
-    "glora, constant C": ("glora", path_of_up(C="constant"), "C='constant', allowed are"),
-    "glora, our own word": ("glora", path_of_up(A="lora"), "A='lora', allowed are"),
-    "glora, rank above the supernet's": ("glora", path_of_up(A="LoRA_4"), "A='LoRA_4'.*rank 3"),
-    "glora, rank 0": ("glora", path_of_up(A="LoRA_0"), "A='LoRA_0'"),
-    "glora, half a path": ("glora", lambda c, t: c["paths"]["layers.up"].pop("E"), "does not say what each of"),
-    "glora, a path of text": ("glora", lambda c, t: c["paths"].update({"layers.up": "A"}), "does not say what each"),
-    "glora, shape": ("glora", add("layers.up.Bd", (12, 3)), r"'layers\.up\.Bd' is \(12, 3\)"),
-    "no format": ("glora", put(method="other"), r"not known.*'method'.*'layers\.down\.Ad'"),
-    "nan": ("glora", lambda c, t: t["layers.up.E"].fill_(float("nan")), "NaN or infinite values in 'layers.up.E'"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(net, tmp_path, case):
-    maker, change, says = REFUSED[case]
-    folder = MAKERS[maker](tmp_path / "a")
-    fg.load_adapter(net, folder)  # it is the change that is refused
-    config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-    change(config, tensors)
-    write(folder, config, tensors)
-    before = copy.deepcopy(net.state_dict())
-    flags = {n: p.requires_grad for n, p in net.named_parameters()}
-    with pytest.raises(fg.CheckpointError, match=says):
-        fg.load_adapter(net, folder)
-    assert same_model(net, before)
-    assert flags == {n: p.requires_grad for n, p in net.named_parameters()}
-
-
-@pytest.mark.parametrize("maker", MAKERS)
-def test_another_model(tmp_path, maker):
-    folder = MAKERS[maker](tmp_path / "a")
-    other = nn.ModuleDict({"layers": nn.ModuleDict({"up": nn.Linear(7, 11)})})
-    with pytest.raises(fg.CheckpointError, match=r"another model than this ModuleDict.*'layers\.down'"):
-        fg.load_adapter(other, folder)
-    wider = nn.ModuleDict({"layers": nn.ModuleDict({"up": nn.Linear(7, 12), "down": nn.Linear(12, 6)})})
-    with pytest.raises(fg.CheckpointError, match=r"the model's is \("):
-        fg.load_adapter(wider, folder)
-
-
-@pytest.mark.parametrize("maker", MAKERS)
-def test_pickles_are_not_read(net, tmp_path, maker):
-    folder = MAKERS[maker](tmp_path / "a")
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.pt")
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(fg.CheckpointError, match=r"adapter_model\.pt' is a pickle"):
-        fg.load_adapter(net, folder)
-
-
-def test_an_empty_folder(net, tmp_path):
-    folder = write(tmp_path / "a", {"method": "glora", "rank": 3, "paths": {}}, {})
-    with pytest.raises(fg.CheckpointError, match="no adapter tensors"):
-        fg.load_adapter(net, folder)

@@ -5,13 +5,13 @@ import os
 
 import pytest
 import torch
+from adapter_files import CONFIG, WEIGHTS
 from safetensors.torch import load_file, save_file
 from small_models import perturb
 
 import fxgraft as fg
 
 SPEC = fg.Spec(fg.LoRA(rank=3, alpha=5), ["query", "dense"], train=["classifier"], overrides={"layer.0.*": fg.LoRA(2)})
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture

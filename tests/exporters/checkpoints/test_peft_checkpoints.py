@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from adapter_files import CONFIG, WEIGHTS
 from safetensors.torch import load_file, save_file
 from small_models import perturb
 from torch import nn
@@ -13,7 +14,6 @@ from torch import nn
 import fxgraft as fg
 
 peft = pytest.importorskip("peft")
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 class Nested(nn.Module):

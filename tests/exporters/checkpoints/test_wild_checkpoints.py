@@ -6,14 +6,14 @@ import warnings
 
 import pytest
 import torch
+from adapter_files import CONFIG, WEIGHTS
+from author_folders import SITES, Net, P, base, hydralora, latent, prolora, run, write
 from safetensors.torch import load_file, save_file
-from test_author_checkpoints import SITES, Net, P, base, hydralora, latent, prolora, run, write
 from torch import nn
 
 import fxgraft as fg
 
 peft = pytest.importorskip("peft")
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture

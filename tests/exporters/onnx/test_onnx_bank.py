@@ -7,6 +7,7 @@ import onnx
 import onnx_models as models
 import onnxruntime as ort
 import pytest
+import row_models
 import torch
 
 import fxgraft as fg
@@ -227,16 +228,14 @@ def test_experts_of_a_bank_are_of_one_number(tmp_path):
 @pytest.mark.parametrize("kind", ["SequenceFirst", "SamplesInside", "Queries"])
 def test_samples_that_are_not_the_first_dimension(tmp_path, kind):
     """The graph takes each sample's rows from where the bank found them, whatever the sizes."""
-    import test_bank_rows as rows
-
-    base = getattr(rows, kind)().eval()
-    own = rows.tenants(base)
+    base = getattr(row_models, kind)().eval()
+    own = row_models.tenants(base)
     axes = {"x": {0: "batch", 1: "tokens"}}
     example = (torch.randn(3, 4, 8),)
     fg.export_onnx(fg.bank(base, own), tmp_path / "bank.onnx", example, adapters="bank", dynamic_shapes=axes)
     session = fg.OrtSession(tmp_path / "bank.onnx", threads=1)
     for shape in ((3, 4, 8), (5, 6, 8), (2, 2, 8), (1, 5, 8)):
-        x, names = torch.randn(shape), rows.names_of(shape[0])
+        x, names = torch.randn(shape), row_models.names_of(shape[0])
         (got,) = session.run({"x": x}, adapter_ids=names).values()
         with torch.no_grad():
             want = torch.stack([(own[name] if name else base)(x)[i] for i, name in enumerate(names)])
@@ -248,10 +247,8 @@ def test_samples_that_are_not_the_first_dimension(tmp_path, kind):
 
 
 def test_samples_that_cannot_be_told_apart(tmp_path):
-    import test_bank_rows as rows
-
-    base = rows.Mixed().eval()
-    banked = fg.bank(base, rows.tenants(base))
+    base = row_models.Mixed().eval()
+    banked = fg.bank(base, row_models.tenants(base))
     with pytest.raises(fg.AdapterError, match="depend on several of the 3 samples"):
         fg.export_onnx(banked, tmp_path / "bank.onnx", (torch.randn(3, 4, 8),), adapters="bank")
     assert not (tmp_path / "bank.onnx").exists()
