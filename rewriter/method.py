@@ -77,8 +77,6 @@ class Method(Config, abc.ABC):
     not_low_rank: ClassVar[str | None] = None
     #: trained vectors over frozen projections: they take a learning rate of their own and no weight decay
     vectors: ClassVar[tuple[str, ...]] = ()
-    #: what a call brings for it: keyword arguments of the model's forward, which `Emitter.given` reads by name
-    inputs: ClassVar[tuple[str, ...]] = ()
     #: fields that count in training or at the start only: given tensors compute the same whatever they say
     free: ClassVar[tuple[str, ...]] = ("dropout",)
     #: whether a site's numbers depend on the sites before it (one projection handed out in order)
@@ -92,6 +90,11 @@ class Method(Config, abc.ABC):
 
     def __deepcopy__(self, memo: Any) -> Method:
         return self
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What a call brings for it: keyword arguments of the model's forward, which `Emitter.given` reads by name."""
+        return ()
 
     # -- tensors ---------------------------------------------------------------------------------------------------
     @abc.abstractmethod
@@ -138,16 +141,6 @@ class Method(Config, abc.ABC):
         """Whether the adapter changes the bias too, and a bias-free site needs one when it is merged."""
         return False
 
-    # -- many adapters in one graph ----------------------------------------------------------------------------------
-    def bank(self, tenants: Sequence[Method], slots: int) -> BankMethod | None:
-        """The method that holds adapters with these configs in one graph; None: a stack of low-rank factors."""
-        return None
-
-    # -- exported graphs -------------------------------------------------------------------------------------------
-    def form(self) -> type[OpenForm] | None:
-        """What a graph takes of such an adapter at a site, as inputs; None: low-rank factors, or whole weights."""
-        return None
-
     # -- comparing -------------------------------------------------------------------------------------------------
     def meaning(self) -> dict[str, Any]:
         """What decides, beside the tensors, what an adapter computes; equal for configs that read tensors alike."""
@@ -157,84 +150,6 @@ class Method(Config, abc.ABC):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `method_from_dict` reads it back."""
         return {"method": self.key, **dataclasses.asdict(self)}
-
-
-@dataclass(frozen=True)
-class Room(Method, key=""):
-    """Base of the methods whose tensors start as zeros and are filled from adapters of other methods."""
-
-    def initialise(
-        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
-    ) -> None:
-        for tensors in local:
-            for tensor in tensors.values():
-                tensor.zero_()
-
-
-@dataclass(frozen=True)
-class BankMethod(Room, key=""):
-    """Base of the methods that hold many adapters: every tensor that is no index has a first dimension of slots.
-
-    A call says which slot each sample takes, `adapter_ids (batch,)`; slot 0 stays zero and is the base model.
-    """
-
-    inputs: ClassVar[tuple[str, ...]] = (ADAPTER_IDS,)
-    unmergeable: ClassVar[str | None] = (
-        "it holds several adapters and every sample chooses one; merge the adapted model of one of them"
-    )
-    not_low_rank: ClassVar[str | None] = unmergeable
-
-    slots: int = 2
-
-    @abc.abstractmethod
-    def entry(
-        self, method: Method, shared: Tensors, local: Tensors
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """What one adapter of `method` puts into its slot: of the shared tensors, and of one site's. An entry may be
-        smaller than the slot: the rest stays zero."""
-
-    def opened(self, shared: Tensors, local: Tensors) -> tuple[type[OpenForm], dict[str, Tensor]]:
-        """The form a graph takes a site's stacks in, and the stacks, slots first."""
-        raise MergeError(f"{type(self).__name__} has no form that a graph takes as inputs")
-
-
-@dataclass(frozen=True)
-class OpenForm(Room, key=""):
-    """Base of the forms in which a graph takes adapters as inputs: the same graph for adapters of every size.
-
-    `axes` names the dimensions of each tensor: `in` and `out` are the site's, the others are the adapter's own. With
-    all of those 0 the form adds an exact zero. The last tensor is the right factor of the last product.
-
-    Args:
-        sizes: for each site, `(axis, size)` of the axes that are the adapter's own.
-    """
-
-    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-
-    sizes: tuple[tuple[tuple[str, int], ...], ...] = ()
-
-    @classmethod
-    @abc.abstractmethod
-    def read(cls, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
-        """The tensors of one site in this form, scales folded in, in the dtype of the method's own."""
-
-    @classmethod
-    @abc.abstractmethod
-    def grown(cls, tensors: Tensors, step: int) -> dict[str, Tensor]:
-        """The same function in larger tensors: every axis of the adapter's own grows, for `step` from 1 up."""
-
-    def declare(self, sites: Sequence[Site]) -> Declaration:
-        local = []
-        for site, sizes in zip(sites, self.sizes, strict=True):
-            size = {"in": site.in_features, "out": site.out_features, **dict(sizes)}
-            local.append({name: Decl(tuple(size[axis] for axis in axes)) for name, axes in self.axes.items()})
-        return Declaration(local)
-
-    @classmethod
-    def sizes_of(cls, tensors: Tensors) -> tuple[tuple[str, int], ...]:
-        """`(axis, size)` of tensors in this form."""
-        found = {axis: n for key, axes in cls.axes.items() for axis, n in zip(axes, tensors[key].shape, strict=True)}
-        return tuple((axis, n) for axis, n in found.items() if axis not in ("in", "out"))
 
 
 def method_from_dict(data: Mapping[str, Any]) -> Method:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...passes.graph.products import value
 from ...passes.methods.hydralora.hydralora import hydralora as dialect_hydralora
-from ...passes.methods.hydralora.hydralora_bank import bank_hydralora
+from ...passes.methods.hydralora.routed_form import bank_hydralora
 from ...rewriter.dialect import cast
 from .gates import Form, Sizes, aten, ours, row_bytes
 from .language import INTERPRETED, jit, precision, runs_on, tl

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ...passes.graph.products import value
 from ...passes.methods.lora import lora as dialect_lora
-from ...passes.methods.lora_bank import bank_lora
+from ...passes.methods.low_rank_form import bank_lora
 from ...rewriter.dialect import cast
 from .gates import Form, Sizes, aten, ours, row_bytes
 from .language import INTERPRETED, jit, precision, runs_on, tl

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...passes.graph.products import value
 from ...passes.methods.unilora.unilora import all_factors, gather, scale_vector
 from ...passes.methods.unilora.unilora import unilora as dialect_unilora
-from ...passes.methods.unilora.unilora_bank import bank_unilora
+from ...passes.methods.unilora.vector_form import bank_unilora
 from ...rewriter.dialect import cast
 from .gates import Form, Sizes, aten, ours, row_bytes
 from .language import INTERPRETED, jit, precision, runs_on, tl

@@ -14,10 +14,11 @@ from ...backends.artifact.parity import reference, sizes_of
 from ...backends.artifact.signature import Axes, Example, arguments
 from ...passes.models.bank import BANK, bank, bank_record, prove_rows
 from ...passes.models.merge import merge
-from ...passes.models.opened import Twin, base_weights, copy_rows, form_of, opened, opened_bank, whole_weights
+from ...passes.models.opened import Twin, base_weights, copy_rows, opened, opened_bank, whole_weights
 from ...rewriter.analysis.dataflow import tied_names
 from ...rewriter.capture.skeleton import copy_skeleton
 from ...rewriter.errors import AdapterError, ExportError
+from ...rewriter.forms import RANK, SLOTS, form_of
 from ...rewriter.method import ADAPTER_IDS
 from ...rewriter.state import ModelState, find_state, record_of
 from ...rewriter.switch import active_weights, base_of, set_active
@@ -119,28 +120,18 @@ class Swappable(Plan):
         self.fingerprint = manifest.fingerprint(self.base, self.sites)
 
     def open(self, model: Any, ids: Any) -> dict[str, open_inputs.Opened]:
-        sites = {}
-        for site, (form, tensors) in self.twin.sites.items():
-            legs = {}
-            for leg, axes in form.axes.items():
-                sizes = zip(axes, tensors[leg].shape, strict=True)
-                shape = tuple(size if axis in ("in", "out") else f"{site}.{axis}" for axis, size in sizes)
-                default = tensors[leg].new_zeros([size if isinstance(size, int) else 0 for size in shape])
-                legs[leg] = open_inputs.Leg(self.twin.keys[site][leg], shape, default)
-            sites[site] = legs
         # Of tied tensors the graph has one, under either name.
         ties, there = tied_names(self.module), model.graph.initializers
         keys = {key: next((n for n in sorted(ties.get(key, ())) if n in there), key) for key in self.defaults}
         heads = open_inputs.open_trained(model, self.defaults, {k: n for k, n in keys.items() if k not in there})
-        return {**open_inputs.open_sites(model, sites), **heads}
+        return {**open_inputs.open_sites(model, _legs(self.twin)), **heads}
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
         yield "no adapter", _torch(self.base), {}
         feeds = {**self.head, **self.twin.whole}
         for site, (form, values) in self.twin.sites.items():
             # The graph must not remember the sizes it was traced with.
-            grown = form.grown(values, step) if step else values
-            feeds.update({f"{site}.{leg}": tensor for leg, tensor in grown.items()})
+            feeds.update({f"{site}.{leg}": t for leg, t in (form.grown(values, step) if step else values).items()})
         larger = f", rank + {step}" if step and self.twin.sites else ""
         yield f"adapter {self.name!r}{larger}", _torch(self.truth), feeds
         if not step and self.twin.sites:
@@ -188,10 +179,10 @@ def _loud(twin: Twin, run: Truth) -> tuple[Truth, dict[str, torch.Tensor]]:
     state = twin.module.state_dict()
     values: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for site, (form, tensors) in twin.sites.items():
-        for leg, axes in form.axes.items():
-            own, key = tensors[leg], f"{site}.{leg}"
+        for leg, own in tensors.items():
+            key = f"{site}.{leg}"
             random = torch.randn(own.shape, generator=generator) / own.shape[-2] ** 0.5
-            if axes[0] == "slots":
+            if form.slots:
                 random[0] = 0  # the base model
             values[key] = state[twin.keys[site][leg]], random.to(own)
 
@@ -206,6 +197,19 @@ def _loud(twin: Twin, run: Truth) -> tuple[Truth, dict[str, torch.Tensor]]:
                 held.copy_(own)
 
     return truth, {key: random for key, (_, random) in values.items()}
+
+
+def _legs(twin: Twin) -> dict[str, dict[str, open_inputs.Leg]]:
+    """What becomes an input at every site. One adapter is left out as tensors of size 0; stacks are there already."""
+    sites: dict[str, dict[str, open_inputs.Leg]] = {}
+    for site, (form, tensors) in twin.sites.items():
+        symbols = {axis: axis if axis == SLOTS else f"{site}.{axis}" for axis in form.open_axes}
+        for leg, tensor in tensors.items():
+            sizes = zip(form.layout(leg), tensor.shape, strict=True)
+            shape = tuple(symbols.get(axis, size) for axis, size in sizes)
+            default = tensor if form.slots else tensor.new_zeros([0 if isinstance(n, str) else n for n in shape])
+            sites.setdefault(site, {})[leg] = open_inputs.Leg(twin.keys[site][leg], shape, default)
+    return sites
 
 
 def _one(adapted: torch.nn.Module, name: str | None) -> tuple[str, torch.nn.Module]:
@@ -260,22 +264,13 @@ class Banked(Plan):
         self.twin = opened_bank(banked, BANK, slots)
         self.module, self.truth = self.twin.module.eval(), self.base
         self.capacity = _room(capacity, record.slots - 1, "capacity", "the number of tenants", slots - 1)
-        ranks = {dict(form.sizes_of(tensors))["rank"] for form, tensors in self.twin.sites.values()}
-        self.rank = _room(rank, max(ranks), "rank", "the rank of the bank", max(ranks))
+        most = max(form.sizes[RANK] for form, _ in self.twin.sites.values())
+        self.rank = _room(rank, most, "rank", "the rank of the bank", most)
         self.alone = {
             name: _slot(banked, slot) if banked is model else _torch(_alone(model, name))
             for name, slot in self.tenants.items()
         }
-        sites = record_of(banked, BANK).sites
-        self.sites = tuple(sorted(self.twin.sites))
-        state = self.module.state_dict()
-        # Base state-dict key of a trained head -> the stack of its differences: its key in the twin, and its values.
-        self.heads = {
-            f"{site.owner}.{leg}".lstrip("."): (key, state[key].detach())
-            for site in sites
-            if site.name not in self.twin.sites
-            for leg, key in self.twin.keys[site.name].items()
-        }
+        self.sites, self.heads = tuple(sorted(self.twin.sites)), self.twin.heads
         self.trained = tuple(sorted(self.heads))
         self.fingerprint = manifest.fingerprint(self.base, self.sites)
 
@@ -308,17 +303,9 @@ class Banked(Plan):
 
     def open(self, model: Any, ids: Any) -> dict[str, open_inputs.Opened]:
         self._slots = ids
-        sites = {}
-        for site, (form, tensors) in self.twin.sites.items():
-            legs = {}
-            for leg, axes in form.axes.items():
-                free = {"slots": "slots", "rank": f"{site}.rank"}
-                shape = tuple(free.get(axis, size) for axis, size in zip(axes, tensors[leg].shape, strict=True))
-                legs[leg] = open_inputs.Leg(self.twin.keys[site][leg], shape, tensors[leg])
-            sites[site] = legs
         open_inputs.pin(model, list(self.heads))
         stacks = {stack: (f"{key}{DIFFERENCE}", values) for key, (stack, values) in self.heads.items()}
-        return {**open_inputs.open_sites(model, sites, ids), **open_inputs.open_stacks(model, stacks, ids)}
+        return {**open_inputs.open_sites(model, _legs(self.twin), ids), **open_inputs.open_stacks(model, stacks, ids)}
 
     def close(self, model: Any) -> None:
         state = self.base.state_dict()
@@ -331,9 +318,9 @@ class Banked(Plan):
         feeds = {ADAPTER_IDS: ids}
         if step:  # other slots and ranks than the graph was traced with
             for site, (form, values) in self.twin.sites.items():
-                feeds.update({f"{site}.{leg}": tensor for leg, tensor in form.grown(values, step).items()})
-            for key, (_, values) in self.heads.items():
-                feeds[f"{key}{DIFFERENCE}"] = torch.cat([values, values.new_zeros(step, *values.shape[1:])])
+                feeds.update({f"{site}.{leg}": t for leg, t in form.grown(values, step).items()})
+            for key, (_, stack) in self.heads.items():
+                feeds[f"{key}{DIFFERENCE}"] = torch.cat([stack, stack.new_zeros(step, *stack.shape[1:])])
         larger = f", {step} more slots, rank + {step}" if step else ""
         yield f"mixed batch{larger}", lambda inputs, dtype=None: self._rows(inputs, ids.tolist(), dtype), feeds
         if not step and self.twin.sites:

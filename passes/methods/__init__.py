@@ -1,15 +1,15 @@
 """The adapter methods, one file or folder each: config, tensors, initialisation, operator, folding."""
 
-from . import dense_bank, lora_bank  # noqa: F401  (a saved spec may name them)
+from . import dense_form, low_rank_form  # noqa: F401  (forms are found by the method they are of)
 from .glora.glora import GLoRA
 from .glora.path import GLoRAPath
-from .hydralora import hydralora_bank  # noqa: F401  (a saved spec may name them)
+from .hydralora import routed_form  # noqa: F401
 from .hydralora.hydralora import HydraLoRA
 from .lora import LoRA
 from .lora_sb.lora_sb import LoRASB
 from .lora_xs import LoRAXS
 from .prolora import PRoLoRA
-from .unilora import unilora_bank  # noqa: F401  (a saved spec may name them)
+from .unilora import vector_form  # noqa: F401
 from .unilora.unilora import UniLoRA
 from .vera import VeRA
 

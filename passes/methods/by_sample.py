@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from torch import Tensor
 
-from torch import Tensor, fx
-
-from ...rewriter.calls.sample_rows import check_first, in_place, samples_first
-from ...rewriter.emitter import Emitter
-from ...rewriter.method import ADAPTER_IDS
+from ...rewriter.calls.sample_rows import check_first
 
 
 def per_sample(x: Tensor, ids: Tensor) -> Tensor:
@@ -20,13 +16,6 @@ def per_sample(x: Tensor, ids: Tensor) -> Tensor:
 def chosen(stack: Tensor, ids: Tensor) -> Tensor:
     """A stack's entry for every sample; the ids come from the device of the model's inputs."""
     return stack.index_select(0, ids if ids.device == stack.device else ids.to(stack.device))
-
-
-def by_rows(e: Emitter, operator: Callable[..., Tensor], *tensors: fx.Node | None) -> fx.Node:
-    """Add what the operator makes of x, the ids of the call and the tensors, wherever the samples are in x."""
-    ids, rows = e.given(ADAPTER_IDS), e.tensor("rows")
-    delta = e.call(operator, e.call(samples_first, e.x, ids, rows), ids, *tensors)
-    return e.add(e.call(in_place, delta, ids, rows))
 
 
 def no_delta(x: Tensor, out_features: int) -> Tensor:

@@ -5,6 +5,8 @@ Does not handle methods that are not a low-rank product (GLoRA, HydraLoRA): they
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -33,12 +35,14 @@ def linear_factors(adapted: nn.Module, name: str) -> dict[str, tuple[Tensor, Ten
         for _, tensors in adapter_modules(root, name, record):
             if tensors.site is None:
                 continue
-            shared = {k: wide(t) for k, t in tensors.shared_tensors().items()}
-            local = {k: wide(t) for k, t in tensors.tensors().items()}
+            shared, local = widened(tensors.shared_tensors()), widened(tensors.tensors())
             found[tensors.site.name] = tensors.method.factors(shared, local)
     return found
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 where it is narrower, detached."""
-    return tensor.detach().float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor.detach()
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In float32 where they are narrower, detached."""
+    return {
+        name: t.detach().float() if t.is_floating_point() and t.itemsize < 4 else t.detach()
+        for name, t in tensors.items()
+    }

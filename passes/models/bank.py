@@ -3,8 +3,8 @@
     y = linear(x) + fxgraft::<method>(x, ...)   ->   y = linear(x) + fxgraft::bank_<...>(x, adapter_ids, stacks)
 
 Slot 0 is the base model. Heads that the adapters train come along as stacked differences, where they are linears.
-Does not handle: methods that are neither a low-rank product nor bring a bank of their own (GLoRA), trained modules
-other than linears, and sites whose input is not in the order of the batch (experts that a router sends tokens to).
+Does not handle: methods that have no form (GLoRA), trained modules other than linears, and sites whose input is not in
+the order of the batch (experts that a router sends tokens to).
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from ...rewriter.calls.forward_inputs import GUARD, first_tensor
 from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, MergeError, listing
-from ...rewriter.method import ADAPTER_IDS, BankMethod
+from ...rewriter.forms import Form, forms_of, put_entry
+from ...rewriter.method import ADAPTER_IDS
 from ...rewriter.spec import Spec
 from ...rewriter.state import AdapterTensors, M, find_state, lookup, record_of, unwrap
 from ...rewriter.switch import active, base_of
 from ...rewriter.tensors import adapter_modules
-from ..methods.dense_bank import DenseBank
-from ..methods.lora_bank import LoRABank
+from ..methods.dense_form import Dense
+from ..methods.low_rank_factors import widened
+from ..methods.low_rank_form import Factors
 from .bank_slots import BANK, BankRecord
 from .bank_sources import Source, open_source
 from .factors import sites_as_targets
@@ -94,13 +96,13 @@ def bank(
     if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < len(sources):
         raise AdapterError(f"bank(capacity={capacity!r}): {len(sources)} tenants need a whole number of at least that")
 
-    method = _bank_method(list(sources.values()), capacity + 1, rank, expand)
+    form = _form(list(sources.values()), capacity + 1, rank, expand)
     sites = {site.name: site for source in sources.values() for site in source.sites}
     heads = {name for source in sources.values() for name in source.heads()}
-    overrides = {"re:" + "|".join(map(re.escape, sorted(heads))): DenseBank(slots=capacity + 1)} if heads else {}
+    overrides = {"re:" + "|".join(map(re.escape, sorted(heads))): Dense(slots=capacity + 1)} if heads else {}
     targets = (*sites_as_targets(list(sites.values())), *overrides)
     banked = graft_adapter(
-        base, Spec(method, targets=targets, overrides=overrides), BANK, dtype=dtype, order=list(sites)
+        base, Spec(form, targets=targets, overrides=overrides), BANK, dtype=dtype, order=list(sites)
     )  # fmt: skip
     banked.__dict__[GUARD] = BankRecord(capacity + 1, spec, batch_axis)
     for name, source in sources.items():
@@ -136,26 +138,27 @@ def _own(root: nn.Module) -> dict[str, Source]:
     return {name: Source(root, name) for name in state.adapters} if state else {}
 
 
-def _bank_method(sources: Sequence[Source], slots: int, rank: int | None, expand: bool) -> BankMethod:
+def _form(sources: Sequence[Source], slots: int, rank: int | None, expand: bool) -> Form:
+    """The form that holds all of them: one of their own kind where they are alike, else stacked factors."""
     methods = [method for source in sources for method in source.methods]
     kinds = {type(method) for method in methods}
     if len(kinds) == 1 and not expand and len({source.sites for source in sources}) == 1:
-        own = methods[0].bank(methods, slots)
-        if own is not None:
-            return own
+        for kind in forms_of(methods[0]):
+            if (own := kind.stack_of(methods, slots)) is not None:
+                return own
     for method in methods:
         if method.not_low_rank:
             raise MergeError(
                 f"{type(method).__name__} adapters cannot be stacked with {listing(sorted(k.__name__ for k in kinds))}"
                 f" in a bank of low-rank factors: {method.not_low_rank}"
             )
-    most = max(A.shape[0] for source in sources for A in _ranks(source))
+    most = max(A.shape[0] for source in sources for A in _down_halves(source))
     if rank is not None and rank < most:
         raise AdapterError(f"bank(rank={rank}): a tenant has rank {most}; give at least that")
-    return LoRABank(slots=slots, rank=rank or most)
+    return Factors(slots=slots, rank=rank or most)
 
 
-def _ranks(source: Source) -> Iterator[Tensor]:
+def _down_halves(source: Source) -> Iterator[Tensor]:
     for tensors in source.modules().values():
         yield tensors.method.factors(tensors.shared_tensors(), tensors.tensors())[0]
 
@@ -246,21 +249,19 @@ def _entries(root: nn.Module, name: str, source: Source) -> dict[tuple[int, str]
     placed = set()
     common = [site.name for site in record_of(root, BANK).sites if site.name not in heads]
     for _, stack in _stacks(root):
-        site, method = stack.site, stack.method
+        site, form = stack.site, stack.method
         if site is None:
             continue
-        assert isinstance(method, BankMethod)
+        assert isinstance(form, Form)
         if site.name in heads:
             base = lookup(root, site.owner)
             head = heads[site.name]
             pairs = (("weight", head.weight, base.weight), ("bias", head.bias, base.bias))
             entry = {n: t.float() - b.float() for n, t, b in pairs if t is not None}  # type: ignore[union-attr, operator]
-            shared: Mapping[str, Tensor] = {}
-            local: Mapping[str, Tensor] = entry
         elif site.name in given:
             tensors = given[site.name]
-            shared, local = method.entry(tensors.method, _wide(tensors.shared_tensors()), _wide(tensors.tensors()))
-            if shared and list(given) != common:
+            entry = form.entry(tensors.method, widened(tensors.shared_tensors()), widened(tensors.tensors()))
+            if form.shared_axes and list(given) != common:
                 raise AdapterError(
                     f"tenant {name!r} adapts other sites than the bank, so its projection is another one; make the "
                     "bank with expand=True"
@@ -268,27 +269,20 @@ def _entries(root: nn.Module, name: str, source: Source) -> dict[tuple[int, str]
         else:
             continue
         placed.add(site.name)
-        places = [(stack, local)]
-        if shared:
-            places.append((stack.__dict__["shared"], shared))
-        for module, values in places:
-            for key, value in values.items():
-                room = module.tensors()[key].shape[1:]
-                if len(room) != value.dim() or any(r < v for r, v in zip(room, value.shape, strict=True)):
-                    raise AdapterError(
-                        f"tenant {name!r} at {site.name!r}: {key} is {tuple(value.shape)} and a slot of the bank "
-                        f"{tuple(room)}; make the bank with room for it (rank=)"
-                    )
-                if not torch.isfinite(value).all():
-                    raise AdapterError(f"tenant {name!r} at {site.name!r}: {key} has NaN or infinite values")
-                found[id(module), key] = value
+        for key, value in entry.items():
+            module = stack.__dict__["shared"] if key in form.shared_axes else stack
+            room = module.tensors()[key].shape[1:]
+            if len(room) != value.dim() or any(r < v for r, v in zip(room, value.shape, strict=True)):
+                raise AdapterError(
+                    f"tenant {name!r} at {site.name!r}: {key} is {tuple(value.shape)} and a slot of the bank "
+                    f"{tuple(room)}; make the bank with room for it (rank=)"
+                )
+            if not torch.isfinite(value).all():
+                raise AdapterError(f"tenant {name!r} at {site.name!r}: {key} has NaN or infinite values")
+            found[id(module), key] = value
     if missing := [n for n in (*given, *heads) if n not in placed]:
         raise AdapterError(f"tenant {name!r} adapts {listing(missing)}, and the bank has no stack there")
     return found
-
-
-def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.float() if t.is_floating_point() and t.itemsize < 4 else t for n, t in tensors.items()}
 
 
 @torch.no_grad()
@@ -302,7 +296,7 @@ def _staged(root: nn.Module, slot: int, entries: Mapping[tuple[int, str], Tensor
             row = torch.zeros_like(tensor[slot])
             value = entries.get((id(stack), key))
             if value is not None:
-                row[tuple(slice(n) for n in value.shape)].copy_(value)
+                put_entry(row, value)
                 if not torch.isfinite(row).all():
                     raise AdapterError(f"{key} of {stack.site and stack.site.name!r} is too large for {tensor.dtype}")
             staged.append((tensor[slot], row))

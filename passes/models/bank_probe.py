@@ -21,7 +21,7 @@ from ...rewriter.calls.call_values import current, given
 from ...rewriter.create import graft_adapter
 from ...rewriter.emitter import Emitter
 from ...rewriter.errors import AdapterError
-from ...rewriter.method import Declaration, Room
+from ...rewriter.method import Declaration, InitContext, Method, Tensors
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec
 from ...rewriter.switch import base_of
@@ -73,11 +73,16 @@ def differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Probe(Room, key=""):
+class Probe(Method, key=""):
     """Adds nothing, or noise to some rows, and tells the run that goes on what reaches its site."""
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
         return Declaration([{} for _ in sites])
+
+    def initialise(
+        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
+    ) -> None:
+        return
 
     def emit(self, e: Emitter) -> fx.Node:
         return e.add(e.call(_look, e.x, e.y, e.tensor("site")))

@@ -22,7 +22,7 @@ from ...rewriter.sites import Site
 from ...rewriter.state import M, grafted_modules, record_of, state_of, unwrap
 from ...rewriter.switch import set_active
 from ...rewriter.tensors import adapter_modules, trained_modules
-from ..methods.low_rank_factors import low_rank, wide
+from ..methods.low_rank_factors import low_rank, widened
 from .factors import as_lora
 from .merge import pull
 
@@ -128,8 +128,7 @@ def _factors_by_site(
             site = tensors.site
             if site is None:
                 continue
-            shared = {k: wide(t) for k, t in tensors.shared_tensors().items()}
-            found = tensors.method.unscaled(shared, {k: wide(t) for k, t in tensors.tensors().items()})
+            found = tensors.method.unscaled(widened(tensors.shared_tensors()), widened(tensors.tensors()))
             if bad := [k for k, t in zip("AB", found, strict=False) if not torch.isfinite(t).all()]:  # type: ignore[arg-type]
                 raise MergeError(f"adapter {name!r} at {site.name!r}: {listing(bad)} has NaN or infinite values")
             sites[site.name] = site

@@ -11,29 +11,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ...rewriter.create import graft_adapter
 from ...rewriter.errors import MergeError
-from ...rewriter.method import BankMethod, Method, OpenForm, Tensors
+from ...rewriter.forms import Form, form_of
+from ...rewriter.method import Method, Tensors
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec
 from ...rewriter.state import AdapterTensors, base_modules, find_state, lookup, record_of, strip_wrappers, unwrap
 from ...rewriter.switch import base_of
-from ...rewriter.targets import resolve
 from ...rewriter.tensors import adapter_modules, trained_modules
-from ..methods.dense_bank import DenseBank
-from ..methods.factor_forms import Factors
-from ..methods.low_rank_factors import wide
+from ..methods.dense_form import Dense
+from ..methods.low_rank_factors import widened
+from ..methods.low_rank_form import Factors
 from .factors import compute_dtype, sites_as_targets
 from .merge import fold_weights, follow, put_values
 
 FORMS = "factors"  # name of the adapter in a twin
 
-Placed = Mapping[str, tuple[Method, Mapping[str, Tensor]]]  # site name -> method in the twin, its tensors
+Placed = dict[str, tuple[Form, dict[str, Tensor]]]  # site name -> its form in the twin, the tensors
 
 
 @dataclass(frozen=True)
@@ -45,30 +45,23 @@ class Twin:
         sites: site name -> the form there and its tensors, in the dtype of the base weight.
         keys: site name -> tensor of the form -> its state-dict key in the twin.
         whole: state-dict key -> merged tensor, of the sites without a form.
+        heads: base state-dict key of a head the tenants train -> the stack of its differences: its key in the twin, and
+            its values.
     """
 
     module: nn.Module
-    sites: dict[str, tuple[type[OpenForm], dict[str, Tensor]]]
+    sites: Placed
     keys: dict[str, dict[str, str]]
-    whole: dict[str, Tensor]
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
 
-def form_of(method: Method) -> type[OpenForm] | None:
-    """The form of one adapter of this method at a site; None where only its whole weight will do."""
-    own = method.form()
-    return Factors if own is None and not method.not_low_rank else own
-
-
-def read_form(method: Method, shared: Tensors, local: Tensors) -> tuple[type[OpenForm], dict[str, Tensor]]:
+def read_form(method: Method, shared: Tensors, local: Tensors) -> tuple[Form, dict[str, Tensor]]:
     """The form of one site and its tensors, from the method's own; computed in float32 (or wider)."""
     form = form_of(method)
     if form is None:
         raise MergeError(f"{type(method).__name__} has no form a graph takes as inputs: {method.not_low_rank}")
-    return form, form.read(method, _wide(shared), _wide(local))
-
-
-def _wide(tensors: Tensors) -> dict[str, Tensor]:
-    return {name: wide(tensor) for name, tensor in tensors.items()}
+    return form.opened(form.read(method, widened(shared), widened(local)))
 
 
 def _whole(tensors: AdapterTensors) -> bool:
@@ -77,7 +70,7 @@ def _whole(tensors: AdapterTensors) -> bool:
 
 
 @torch.no_grad()
-def form_values(adapted: nn.Module, name: str) -> dict[str, tuple[type[OpenForm], dict[str, Tensor]]]:
+def form_values(adapted: nn.Module, name: str) -> Placed:
     """For each site that has a form the form and its tensors, contiguous, in the dtype of the base weight."""
     root = unwrap(adapted)
     found = {}
@@ -135,35 +128,42 @@ def opened(adapted: nn.Module, name: str = "default") -> Twin:
     for key, tensor in whole.items():
         path, _, attribute = key.rpartition(".")
         modules[path].register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
-    placed = {site: (form(sizes=(form.sizes_of(tensors),)), tensors) for site, (form, tensors) in values.items()}
-    module, keys = _grafted(plain, record.sites, placed)
+    module, keys = _grafted(plain, record.sites, values)
     return Twin(module, values, keys, whole)
 
 
 @torch.no_grad()
 def opened_bank(banked: nn.Module, name: str, slots: int) -> Twin:
-    """The twin of a bank: stacks of the first `slots` slots. Heads stay `DenseBank` stacks, and have a form of None."""
+    """The twin of a bank: stacks of the first `slots` slots."""
     root = unwrap(banked)
     record = record_of(root, name)
-    placed: dict[str, tuple[Method, Mapping[str, Tensor]]] = {}
-    values: dict[str, tuple[type[OpenForm], dict[str, Tensor]]] = {}
+    placed: Placed = {}
     for _, stacks in adapter_modules(root, name, record):
-        site, method = stacks.site, stacks.method
-        if site is None:
+        if (site := stacks.site) is None:
             continue
-        assert isinstance(method, BankMethod)
+        assert isinstance(stacks.method, Form)
+        form, tensors = _stacks(stacks.method, widened(stacks.shared_tensors()), widened(stacks.tensors()), slots)
         dtype = compute_dtype(root, site)
-        if isinstance(method, DenseBank):
-            local = {key: stack[:slots].to(dtype).contiguous() for key, stack in stacks.tensors().items()}
-            placed[site.name] = replace(method, slots=slots), local
-            continue
-        form, tensors = method.opened(_wide(stacks.shared_tensors()), _wide(stacks.tensors()))
-        tensors = {key: stack[:slots].to(dtype).contiguous() for key, stack in tensors.items()}
-        values[site.name] = form, tensors
-        placed[site.name] = form(sizes=(form.sizes_of(tensors),)), tensors
+        placed[site.name] = form, {key: stack.to(dtype).contiguous() for key, stack in tensors.items()}
     module, keys = _grafted(strip_wrappers(base_of(root)), record.sites, placed)
     copy_rows(root, name, module)
-    return Twin(module, values, keys, {})
+    heads = {
+        f"{site.owner}.{key}".lstrip("."): (keys[site.name][key], stack)
+        for site in record.sites
+        if isinstance(placed[site.name][0], Dense)
+        for key, stack in placed.pop(site.name)[1].items()
+    }
+    return Twin(module, placed, keys, heads=heads)
+
+
+def _stacks(form: Form, shared: Tensors, local: Tensors, slots: int) -> tuple[Form, dict[str, Tensor]]:
+    """The stacks of one site, as a graph takes them, with this many slots."""
+    if not form.shared_axes:
+        return form.opened({key: stack[:slots] for key, stack in local.items()}, slots)
+    # Every slot has tensors for all sites: one adapter after the other is read into a site's own.
+    each = [{**shared, **{key: shared[key][slot] for key in form.shared_axes}} for slot in range(slots)]
+    entries = [Factors.read(form, one, local) for one in each]
+    return Factors.opened({key: torch.stack([entry[key] for entry in entries]) for key in Factors.axes}, slots)
 
 
 def copy_rows(banked: nn.Module, name: str, twin: nn.Module) -> None:
@@ -181,22 +181,15 @@ def _grafted(plain: nn.Module, sites: Sequence[Site], placed: Placed) -> tuple[n
     sites = [site for site in sites if site.name in placed]
     if not sites:
         return plain, {}
-    kinds = {type(method) for method, _ in placed.values()}
-    names = {kind: [n for n, (method, _) in placed.items() if type(method) is kind] for kind in kinds}
-    main = max(kinds, key=lambda kind: len(names[kind]))
+    names: dict[Form, list[str]] = {}
+    for name, (form, _) in placed.items():
+        names.setdefault(form, []).append(_weight_name(name))
+    main = max(names, key=lambda form: len(names[form]))
     targets = sites_as_targets(sites)
-    # Sizes count in the order in which the model's sites are found.
-    order = [site.name for site, _ in resolve(plain, Spec(Factors(), targets=targets)).sites]
-    assert sorted(order) == sorted(placed), (order, placed.keys())
-    methods = {kind: _joined([placed[name][0] for name in order if name in names[kind]]) for kind in kinds}
-    overrides = {
-        "re:" + "|".join(sorted({_weight_name(name) for name in names[kind]})): methods[kind]
-        for kind in kinds
-        if kind is not main
-    }
+    overrides = {f"re:{'|'.join(dict.fromkeys(names[form]))}": form for form in names if form != main}
     dtypes = {tensor.dtype for _, tensors in placed.values() for tensor in tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
-    spec = Spec(methods[main], targets=targets, overrides=overrides)
+    spec = Spec(main, targets=targets, overrides=overrides)
     twin = graft_adapter(plain, spec, FORMS, dtype=dtype, initialise=False)
     keys = {}
     with torch.no_grad():
@@ -209,14 +202,6 @@ def _grafted(plain: nn.Module, sites: Sequence[Site], placed: Placed) -> tuple[n
                 tensors.tensors()[key].copy_(value)
             keys[site.name] = {key: f"{stem}.{key}" for key in tensors.tensors()}
     return twin, keys
-
-
-def _joined(methods: Sequence[Method]) -> Method:
-    """One method for several sites: the sizes of all of them."""
-    first = methods[0]
-    if not isinstance(first, OpenForm):
-        return first
-    return replace(first, sizes=tuple(method.sizes[0] for method in methods if isinstance(method, OpenForm)))
 
 
 def _weight_name(site: str) -> str:

@@ -20,12 +20,10 @@ from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
 from ....rewriter.halves import register_halves
 from ....rewriter.method import (
-    BankMethod,
     Decl,
     Declaration,
     InitContext,
     Method,
-    OpenForm,
     Tensors,
     check_dropout,
     check_positive,
@@ -151,20 +149,3 @@ class HydraLoRA(Method, key="hydralora"):
         else:
             dropped = e.dropped(self.dropout)
         return e.add(e.call(hydralora, e.x, dropped, e.tensor("A"), e.tensor("router"), e.tensor("B"), self.scale))
-
-    def form(self) -> type[OpenForm]:
-        from .routed_forms import Routed
-
-        return Routed
-
-    def bank(self, tenants: Sequence[Method], slots: int) -> BankMethod | None:
-        from .hydralora_bank import HydraLoRABank
-
-        experts = sorted({tenant.experts for tenant in tenants if isinstance(tenant, HydraLoRA)})
-        if experts != [self.experts]:
-            raise SpecError(
-                f"a bank of HydraLoRA adapters has one number of experts, as the router's softmax runs over them; "
-                f"given were {experts}: make a bank for each"
-            )
-        rank = max(tenant.rank for tenant in tenants if isinstance(tenant, HydraLoRA))
-        return HydraLoRABank(rank=rank, experts=self.experts, slots=slots)

@@ -23,7 +23,6 @@ from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
 from ....rewriter.halves import register_halves
 from ....rewriter.method import (
-    BankMethod,
     Decl,
     Declaration,
     InitContext,
@@ -256,10 +255,3 @@ class UniLoRA(Method, key="unilora"):
     def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
         scaled = scale_vector(shared["theta"], shared["counts"]).to(local["index_a"].device)
         return gather(scaled, local["index_a"]), gather(scaled, local["index_b"]).t()
-
-    def bank(self, tenants: Sequence[Method], slots: int) -> BankMethod | None:
-        from .unilora_bank import UniLoRABank
-
-        if self.sampler == "stored" or any(tenant != self for tenant in tenants):
-            return None  # other projections, so no common indices
-        return UniLoRABank(**vars(self), slots=slots)

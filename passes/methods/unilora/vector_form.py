@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -11,9 +12,10 @@ from torch import Tensor, fx
 from ....rewriter.dialect import cast, operator
 from ....rewriter.emitter import Emitter
 from ....rewriter.errors import AdapterError
-from ....rewriter.method import BankMethod, Decl, Declaration, InitContext, Method, OpenForm, Tensors
+from ....rewriter.forms import Axes, Form
+from ....rewriter.method import Decl, Declaration, Method, Tensors
 from ....rewriter.sites import Site
-from ..by_sample import by_rows, no_delta, per_sample
+from ..by_sample import no_delta, per_sample
 from .unilora import UniLoRA
 
 
@@ -40,39 +42,33 @@ def bank_unilora(
 
 
 @dataclass(frozen=True)
-class UniLoRABank(BankMethod, UniLoRA, key="bank_unilora"):
-    """A stack of Uni-LoRA vectors over one projection.
+class Vector(Form, UniLoRA, key="bank_unilora", of=UniLoRA):
+    """A stack of Uni-LoRA vectors over one projection, of the config that they have in common."""
 
-    Args:
-        slots: `K`, the base model's slot 0 included; the others are the adapters' own (`UniLoRA`).
+    shared_axes: ClassVar[Axes] = {"theta": ("vector_length",)}
+    operator = bank_unilora
 
-    Shared: `theta (K, d)`, frozen; derived tensors as `UniLoRA` has them.
-    """
+    @classmethod
+    def stack_of(cls, methods: Sequence[Method], slots: int) -> Form | None:
+        first = methods[0]
+        if not isinstance(first, UniLoRA) or first.sampler == "stored" or any(other != first for other in methods):
+            return None  # other projections, so no common indices
+        return cls(**vars(first), slots=slots)
+
+    @classmethod
+    def read(cls, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
+        return {"theta": shared["theta"]}
+
+    def entry(self, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
+        if any(getattr(method, f.name, None) != getattr(self, f.name) for f in fields(UniLoRA)):
+            raise AdapterError(
+                f"{method} has another projection than the bank's {self}; make the bank with expand=True"
+            )
+        return self.read(method, shared, local)
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
         one = UniLoRA.declare(self, sites)
         return Declaration(one.local, {**one.shared, "theta": Decl((self.slots, self.vector_length), "frozen")})
 
-    def initialise(
-        self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
-    ) -> None:
-        shared["theta"].zero_()
-
-    def entry(
-        self, method: Method, shared: Tensors, local: Tensors
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        if any(getattr(method, f.name, None) != getattr(self, f.name) for f in fields(UniLoRA)):
-            raise AdapterError(
-                f"{method} has another projection than the bank's {self}; make the bank with expand=True"
-            )
-        return {"theta": shared["theta"]}, {}
-
-    def opened(self, shared: Tensors, local: Tensors) -> tuple[type[OpenForm], dict[str, Tensor]]:
-        from ..factor_forms import FactorsBank
-
-        pairs = [self.factors({**shared, "theta": theta}, local) for theta in shared["theta"]]
-        return FactorsBank, {"A": torch.stack([A.t() for A, _ in pairs]), "B": torch.stack([B.t() for _, B in pairs])}
-
-    def emit(self, e: Emitter) -> fx.Node:
-        tensors = e.shared("theta"), e.shared("counts"), e.tensor("index_a"), e.tensor("index_b")
-        return by_rows(e, bank_unilora, *tensors)
+    def arguments(self, e: Emitter) -> Sequence[fx.Node]:
+        return [e.shared("theta"), e.shared("counts"), e.tensor("index_a"), e.tensor("index_b")]
