@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -56,6 +57,17 @@ def check_regular(path: Path) -> None:
     """Raise for pipes, devices and folders. `OSError` of a path that leads nowhere is the caller's to word."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise CheckpointError(f"{str(path)!r} is not a regular file")
+
+
+def sha256(path: Path, size: int | None = None) -> str:
+    """Of the first `size` bytes of a file; None: of all."""
+    digest = hashlib.sha256()
+    left = path.stat().st_size if size is None else size
+    with path.open("rb") as stream:
+        while left > 0 and (block := stream.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
 
 
 def identity_of(path: Path) -> Identity | None:

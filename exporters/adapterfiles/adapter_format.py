@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ...backends.artifact.bounded_files import as_path, check_regular, load_json
+from ...backends.artifact.bounded_files import as_path, check_regular, load_json, sha256
 from ...rewriter.errors import CheckpointError
 from . import graph_manifest as manifest
 from .ort_values import to_ort, to_torch
@@ -70,8 +70,9 @@ def write_file(content: AdapterFile, path: Path) -> None:
     made.set_model_version(content.model_version)
     made.set_parameters({key: to_ort(tensor) for key, tensor in tensors.items()})
     made.export_adapter(str(path))
+    seal = _SEAL + sha256(path).encode()
     with path.open("ab") as file:
-        file.write(_SEAL + hashlib.sha256(path.read_bytes()).hexdigest().encode())
+        file.write(seal)
 
 
 def leave_frozen(content: AdapterFile, frozen: Mapping[str, torch.Tensor]) -> tuple[AdapterFile, AdapterFile, str]:
@@ -143,14 +144,9 @@ def _check_seal(path: Path) -> None:
         size = file.seek(0, os.SEEK_END) - len(_SEAL) - _HASH
         file.seek(max(size - _TAIL, 0))
         tail = file.read()
-        if _SEAL not in tail and not _HEX.search(tail):
-            return
-        file.seek(0)
-        told = hashlib.sha256()
-        while size > 0 and (block := file.read(min(size, 1 << 20))):
-            told.update(block)
-            size -= len(block)
-    if tail[-len(_SEAL) - _HASH :] != _SEAL + told.hexdigest().encode():
+    if _SEAL not in tail and not _HEX.search(tail):
+        return
+    if tail[-len(_SEAL) - _HASH :] != _SEAL + sha256(path, size).encode():
         raise CheckpointError(f"{str(path)!r} is damaged or was changed: its content does not match its hash")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,21 +44,6 @@ def load(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return manifest if told == FORMAT else None
 
 
-@dataclass(frozen=True)
-class Renamed:
-    """Inputs and outputs that the graph calls otherwise than the model: {model's name: the graph's}."""
-
-    inputs: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, str] = field(default_factory=dict)
-
-    def model_inputs(self) -> dict[str, str]:
-        """{graph's name: the model's}."""
-        return {its: name for name, its in self.inputs.items()}
-
-    def model_outputs(self) -> dict[str, str]:
-        return {its: name for name, its in self.outputs.items()}
-
-
 def metadata(session: Any) -> dict[str, str]:
     """The texts of an onnxruntime session's graph. Raises `SessionError` where they are none."""
     try:
@@ -68,12 +52,12 @@ def metadata(session: Any) -> dict[str, str]:
         raise SessionError(f"the graph's metadata is damaged: {error}") from error
 
 
-def renamed(session: Any) -> Renamed:
-    """What the graph of an onnxruntime session calls otherwise than the model it was exported from."""
-    told = (load(metadata(session)) or {}).get("renamed", {})
+def renamed(told: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """{model's name: the graph's} of the inputs, and of the outputs, that the graph calls otherwise than the model."""
+    sides = told.get("renamed", {})
     try:
-        return Renamed(**told)
-    except TypeError as error:
+        return dict(sides.get("inputs", {})), dict(sides.get("outputs", {}))
+    except (AttributeError, TypeError, ValueError) as error:
         raise SessionError(f"the graph's manifest ({KEY} in its metadata) is damaged: {error}") from error
 
 

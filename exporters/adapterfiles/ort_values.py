@@ -63,10 +63,12 @@ def to_torch(value: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(value.numpy(), order="C"))
 
 
-def to_ort(tensor: torch.Tensor, device: Device = CPU) -> Any:
+def to_ort(tensor: torch.Tensor | np.ndarray, device: Device = CPU) -> Any:
     """The tensor as an OrtValue on a device; on the CPU it shares the tensor's memory where that is contiguous."""
     from onnxruntime import OrtValue
 
+    if isinstance(tensor, np.ndarray):
+        return OrtValue.ortvalue_from_numpy(tensor, device.type, device.index)
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype is not torch.bfloat16:
         return OrtValue.ortvalue_from_numpy(tensor.numpy(), device.type, device.index)

@@ -1,76 +1,98 @@
-"""The comparisons a graph is put through: at export, and again by `verify`."""
+"""The checks of a graph at its export, which `verify` repeats: against torch, and against what it gave before."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...backends.artifact.parity import Parity, floor_of, tolerance_of
-from ...backends.artifact.random_inputs import draw
-from ...backends.artifact.signature import Axes, arguments
-from ...rewriter.errors import ExportError
+from ...backends.artifact.parity import Parity, floor_of, hold, sizes_of, tolerance_of
+from ...backends.artifact.random_inputs import fresh
+from ...backends.artifact.signature import Axes, Example, other_sizes
+from ...rewriter.errors import ExportError, ParityError
+from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles.ort_values import TYPES
-from .graph_parity import compare, run
-from .modes import Plan, Truth
+from .modes import Plan
+from .ort_graph import CheckGraph, Inputs
+from .record import Record
 
-Inputs = Mapping[str, torch.Tensor]
 _SAMPLES = 64  # values kept of every output of a probe
+_NO_INTEGERS = "the model takes no random integers: compared with those of the example, in its sizes alone"
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How far a graph may be from torch: `given` of an output's largest value, where the user said so; else see
-    `backends.parity.hold`, with the floor and what holds where there is no float64 result."""
+def check(
+    plan: Plan, graph: CheckGraph, example: Example, axes: Axes, seed: int, tolerance: float | None
+) -> tuple[Record, tuple[str, ...]]:
+    """The comparisons with torch, on the example and on random inputs of other sizes, as a record; notes.
 
-    given: float | None
-    floor: float
-    otherwise: float
+    A model may run on no random integers at all (the image tokens of LLaVA are as many as the image has): then the
+    example's own stand in, in its sizes, with random floats. Raises `ParityError`, or `ExportError` where the model
+    does not run in other sizes.
+    """
+    try:
+        return _checked(plan, graph, example, axes, seed, tolerance), ()
+    except ParityError:
+        raise
+    except ExportError:
+        _, truth, _ = next(plan.runs(0, example.tensors))
+        try:
+            truth(Record.of(example, axes).arguments(fresh(example, {}, {}, seed)))
+        except ExportError:
+            return _checked(plan, graph, example, {}, seed, tolerance, given=True), (_NO_INTEGERS,)
+        raise
 
 
-def rule_of(plan: Plan, given: float | None) -> Rule:
-    return Rule(given, floor_of(plan.module), tolerance_of(plan.module) if given is None else given)
-
-
-def hold_against_torch(
+def _checked(
     plan: Plan,
-    session: Any,
-    cases: Sequence[tuple[str, Inputs, int]],
-    constants: Mapping[str, Any],
-    nested: Mapping[str, Mapping[str, str]],
-    rule: Rule,
-) -> list[Parity]:
-    """Every run of the plan on every case: (label, inputs, step), see `Plan.runs`. Raises `ParityError`."""
-    checks = []
-    for label, tensors, step in cases:
-        for case, truth, feeds in plan.runs(step, tensors):
-
-            def given(values: Inputs = tensors) -> dict[str, Any]:
-                return arguments({**values, **constants}, nested)
-
-            def wide(truth: Truth = truth, given: Any = given) -> Mapping[str, np.ndarray] | None:
-                try:
-                    return truth(given(), torch.float64)
-                except ExportError:  # an operator without a float64 kernel, or code that asks for a dtype by name
-                    return None
-
-            expected = truth(given())
-            if rule.given is None:
-                checks.append(
-                    compare(session, f"{label}, {case}", tensors, expected, rule.floor, feeds, wide, rule.otherwise)
-                )
-            else:
-                checks.append(compare(session, f"{label}, {case}", tensors, expected, rule.given, feeds))
-    return checks
+    graph: CheckGraph,
+    example: Example,
+    axes: Axes,
+    seed: int,
+    tolerance: float | None,
+    given: bool = False,
+) -> Record:
+    record = Record.of(example, axes, given)
+    draws = [(sizes, seed + step) for step, sizes in enumerate(other_sizes(example, axes) or [{}], start=1)]
+    random = [fresh(example, axes, sizes, seed, given) for sizes, seed in draws]
+    parity = [*compare(plan, graph, record, "example", example.tensors, 0, tolerance)]
+    for step, tensors in enumerate(random):
+        parity += compare(plan, graph, record, f"random {step + 1}", tensors, step, tolerance)
+    probes = [
+        {"sizes": sizes, "seed": seed, **({"ids": feeds[ADAPTER_IDS].tolist()} if feeds else {}), "case": case}
+        | {"outputs": probe(graph, case, {**tensors, **feeds})}
+        for (sizes, seed), tensors in zip(draws, random, strict=True)
+        for case, feeds in plan.probes(tensors)
+    ]
+    return dataclasses.replace(record, parity=[dataclasses.asdict(one) for one in parity], probes=probes)
 
 
-def probe(session: Any, inputs: Inputs, names: Sequence[str]) -> dict[str, Any]:
-    """What a graph gives for these inputs, in few numbers, ready for JSON: of every output the shape, the largest
-    magnitude and 64 evenly spaced values."""
-    return {name: _digest(value) for name, value in run(session, inputs, names).items()}
+def compare(
+    plan: Plan, graph: CheckGraph, record: Record, case: str, tensors: Inputs, step: int, tolerance: float | None
+) -> Iterator[Parity]:
+    """Every run of the plan on these inputs, see `Plan.runs`, held against torch: within `tolerance` of an output's
+    largest value where the user gave one, else judged as `parity.hold` does. Raises `ParityError`."""
+    for label, truth, feeds in plan.runs(step, tensors):
+
+        def wide(truth: Any = truth) -> Mapping[str, np.ndarray] | None:
+            try:
+                return truth(record.arguments(tensors), torch.float64)  # type: ignore[no-any-return]
+            except ExportError:  # an operator without a float64 kernel, or code that asks for a dtype by name
+                return None
+
+        where, expected = f"{case}, {label}", truth(record.arguments(tensors))
+        limit, known = (floor_of(plan.module), wide) if tolerance is None else (tolerance, None)
+        got = graph.compute(where, tensors, feeds)
+        yield hold(got, expected, "onnxruntime", where, sizes_of(tensors), limit, known, tolerance_of(plan.module))
+
+
+def probe(graph: CheckGraph, case: str, inputs: Inputs) -> dict[str, Any]:
+    """What a graph gives for these inputs, in few numbers, ready for JSON: of every output, by its name in the graph,
+    the shape, the largest magnitude and 64 evenly spaced values."""
+    given = graph.compute(case, inputs)
+    return {graph.graph_outputs.get(name, name): _digest(value) for name, value in given.items()}
 
 
 def _digest(value: np.ndarray) -> dict[str, Any]:
@@ -97,24 +119,14 @@ def differs(got: Mapping[str, Any], want: Mapping[str, Any], tolerance: float) -
     return None
 
 
-def random_adapter(session: Any, seed: int, rank: int = 3) -> dict[str, torch.Tensor]:
+def random_adapter(graph: CheckGraph, seed: int, rank: int = 3) -> dict[str, torch.Tensor]:
     """Random tensors for the adapter inputs of free size, as large as what they are added to; none where every tensor
     is a trained head or a whole weight, whose default is the base's."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
-    for value in session.get_overridable_initializers():
-        if any(isinstance(dim, str) for dim in value.shape):
-            shape = [rank if isinstance(dim, str) else dim for dim in value.shape]
+    for name, info in graph.adapter_inputs.items():
+        if any(isinstance(dim, str) for dim in info.shape):
+            shape = [dim if isinstance(dim, int) else rank for dim in info.shape]
             # Small enough for float16: the product with it must not be infinite.
-            made[value.name] = (torch.randn(shape, generator=generator) / shape[0] ** 0.5).to(TYPES[value.type])
+            made[name] = (torch.randn(shape, generator=generator) / shape[0] ** 0.5).to(TYPES[info.type])
     return made
-
-
-def drawn(record: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
-    """Random inputs from what a record says of them."""
-    return draw(record["inputs"], axes_of(record), sizes, seed)
-
-
-def axes_of(record: Mapping[str, Any]) -> Axes:
-    """The dynamic axes of a record: JSON has strings for keys."""
-    return {name: {int(axis): label for axis, label in named.items()} for name, named in record["axes"].items()}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...backends.artifact.parity import Parity
+from ...backends.artifact.parity import Parity, tolerance_of
 from ...backends.artifact.signature import automatic_axes, bind, check_sizes, given_axes, symbols
 from ...backends.artifact.staging import staged
 from ...rewriter.capture.skeleton import bare
@@ -20,15 +20,15 @@ from ...rewriter.state import find_state
 from ..adapterfiles import graph_manifest as manifest
 from . import open_inputs, save_graph
 from .cached_decoder import cached, cached_example
-from .checks import rule_of
+from .checks import check as check_graph
 from .export_result import OnnxExport, Shape
 from .flat_call import TURN, FlatCall
 from .graph_names import name_ends, rename_axes, tidy
 from .graph_rewrites import name_transposes, widen_convolutions
 from .modes import make_plan
+from .ort_graph import CheckGraph
 from .prepare import runnable, working_copy
-from .record import checked, record_of
-from .seal import seal
+from .record import Record, write_description
 from .translate import fixed_axes, quiet, trace, translate, without
 from .weight_files import base_forms
 from .widen import has_bfloat16
@@ -153,7 +153,7 @@ def export_onnx(
             target = Path(path)
             plan = make_plan(model, adapters, name, expanded, capacity, rank)
             example = runnable(plan.truth, example)
-            rule = rule_of(plan, tolerance)
+            allowed = tolerance_of(plan.module) if tolerance is None else tolerance
             traced, its_axes, its_dims = plan.extend(example, axes, dims)
             call = FlatCall(plan.module, traced)
             program = trace(call, its_dims)
@@ -177,7 +177,6 @@ def export_onnx(
             plan.close(made.model)
             renamed = name_ends(made.model, places, call.outputs, opened)
             tidy(made.model)
-            described = _describe(made.model, opened, manifest.Renamed(**renamed))
             about = {
                 "adapters": adapters,
                 "cache": layers,
@@ -188,23 +187,21 @@ def export_onnx(
                 "trained": plan.trained,
                 "fingerprint": plan.fingerprint,
                 **plan.about(),
-                "tolerance": rule.otherwise,
+                "tolerance": allowed,
                 "given_tolerance": tolerance,
                 "checked": check,
                 "versions": manifest.versions(),
                 **({"renamed": renamed} if renamed else {}),
             }
-            made.model.metadata_props[manifest.KEY] = manifest.dump(about)
             file = folder / target.name
             save_graph.save(made.model, file, external_data, target.parent, forms)
-            narrow = has_bfloat16(made.model)
+            described, narrow = _describe(made.model, opened, renamed), has_bfloat16(made.model)
             del made
-            parity: list[Parity] = []
-            record = record_of(example, axes)
+            record = Record.of(example, axes)
             if check:
-                parity, record, more = checked(plan, file, example, axes, seed, rule)
+                record, more = check_graph(plan, CheckGraph(file, about), example, axes, seed, tolerance)
                 notes += more
-            seal(file, record)
+            write_description(file, about, record)
             files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
     notes += tuple(
         f"output {key!r} is the {type(value).__name__} {value!r}, no tensor: it is not in the graph"
@@ -217,8 +214,8 @@ def export_onnx(
         adapters=adapters,
         name=plan.name,
         adapter_inputs={key: value.shape for key, value in opened.items()},
-        parity=tuple(parity),
-        tolerance=rule.otherwise,
+        parity=tuple(Parity(**one) for one in record.parity),
+        tolerance=allowed,
         files=files,
         seconds=time.perf_counter() - started,
         notes=notes,
@@ -233,17 +230,24 @@ def _specs(adapted: torch.nn.Module) -> dict[str, Any]:
     return {name: record.spec.to_dict() for name, record in state.adapters.items()} if state is not None else {}
 
 
-def _describe(model: Any, opened: Mapping[str, open_inputs.Opened], renamed: manifest.Renamed) -> dict[str, Any]:
-    ins, outs = renamed.model_inputs(), renamed.model_outputs()
+def _describe(
+    model: Any, opened: Mapping[str, open_inputs.Opened], renamed: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """The inputs and outputs of a graph by the model's names, for `OnnxExport`."""
 
-    def shape(value: Any) -> Shape:
-        return tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    def shapes(values: Any, side: str) -> dict[str, Shape]:
+        models = {its: name for name, its in renamed.get(side, {}).items()}
+        return {
+            models.get(value.name, value.name): tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+            for value in values
+            if value.name not in opened
+        }
 
-    inputs = {ins.get(v.name, v.name): shape(v) for v in model.graph.inputs if v.name not in opened}
+    inputs = shapes(model.graph.inputs, "inputs")
     axes = {key: {i: dim for i, dim in enumerate(dims) if isinstance(dim, str)} for key, dims in inputs.items()}
     return {
         "inputs": inputs,
-        "outputs": {outs.get(value.name, value.name): shape(value) for value in model.graph.outputs},
+        "outputs": shapes(model.graph.outputs, "outputs"),
         "dynamic_axes": {key: named for key, named in axes.items() if named},
         "opset": model.opset_imports[""],
     }

@@ -8,7 +8,7 @@ The work is onnxruntime's; the manifest and the seal are carried on, with what t
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import math
 import os
@@ -25,11 +25,11 @@ import torch
 from ...backends.artifact.staging import staged
 from ...rewriter.errors import ExportError, VerifyError, listing, path_of
 from ...rewriter.method import ADAPTER_IDS
-from ..adapterfiles import graph_manifest as manifest
 from . import save_graph
-from .checks import drawn, probe, random_adapter
-from .graph_parity import quiet_session, run
-from .seal import RECORD, SEAL, check_seal, seal
+from .checks import probe, random_adapter
+from .ort_graph import CheckGraph
+from .record import Record, read_description, write_description
+from .seal import external_files
 from .translate import quiet
 
 _DRAWS = 4  # random inputs of every size
@@ -87,13 +87,9 @@ def quantize_onnx(
     if isinstance(bits, bool) or bits not in (8, 4):
         raise ExportError(f"quantize_onnx(bits={bits!r}): give 8 or 4")
     source = path_of(path, "quantize_onnx", VerifyError)
-    metadata = check_seal(source)
-    told = manifest.load(metadata)
-    if told is None or RECORD not in metadata:
-        raise VerifyError(f"{str(source)!r} was written in another format; this fxgraft reads {manifest.FORMAT}")
+    told, record = read_description(source)
     if "quantised" in told:
         raise ExportError(f"{str(source)!r} is in {told['quantised']['bits']} bits already: give the graph it is from")
-    record = json.loads(metadata[RECORD])
     try:
         model = _loaded(source)
     except Exception as error:  # protobuf's and onnx's own
@@ -113,15 +109,16 @@ def quantize_onnx(
         if not done:
             raise ExportError(f"{str(source)!r} has no product that onnxruntime takes in {bits} bits")
         file = folder / Path(out).name
-        told["quantised"] = {"bits": bits, "block_size": block_size if bits == 4 else None}
-        _write(made, told, file, external_data, Path(out).parent)
+        _write(made, file, external_data, Path(out).parent)
         off, probes = _compared(source, file, record, told)
-        told["quantised"] |= {"error": off, "tolerance": 4 * off}
-        _write(made, told, file, external_data, Path(out).parent)
-        seal(file, {**record, "probes": probes})
+        if not math.isfinite(off):
+            raise ExportError(f"in {bits} bits the graph gives numbers that are not finite")
+        size_of = {"bits": bits, "block_size": block_size if bits == 4 else None}
+        told["quantised"] = {**size_of, "error": off, "tolerance": 4 * off}
+        write_description(file, told, dataclasses.replace(record, probes=probes))
         size = sum(entry.stat().st_size for entry in folder.iterdir())
-    files = [source, *(source.parent / name for name in json.loads(metadata[SEAL])["files"])]
-    return QuantizedOnnx(Path(out), bits, done, off, size, sum(entry.stat().st_size for entry in files))
+    size_before = sum(entry.stat().st_size for entry in (source, *external_files(source)))
+    return QuantizedOnnx(Path(out), bits, done, off, size, size_before)
 
 
 def _loaded(path: Path) -> Any:
@@ -188,40 +185,33 @@ def _read(file: Path) -> Any:
     return onnx.load(str(file))
 
 
-def _write(model: Any, told: Mapping[str, Any], file: Path, external_data: bool | None, folder: Path) -> None:
+def _write(model: Any, file: Path, external_data: bool | None, folder: Path) -> None:
     import onnx_ir as ir
 
     made = ir.from_proto(model)
     made.metadata_props.clear()
-    made.metadata_props[manifest.KEY] = json.dumps(told, sort_keys=True)
     save_graph.save(made, file, external_data, folder)
 
 
-def _compared(
-    source: Path, file: Path, record: Mapping[str, Any], told: Mapping[str, Any]
-) -> tuple[float, list[dict[str, Any]]]:
+def _compared(source: Path, file: Path, record: Record, told: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
     """The largest difference of two graphs on the record's inputs, without an adapter and with random ones; and what
     the second gives, for `verify`."""
-    before, after = quiet_session(source), quiet_session(file)
-    kept = [sorted(one.name for one in session.get_overridable_initializers()) for session in (before, after)]
-    if kept[0] != kept[1]:
-        raise ExportError(f"the quantised graph lost the adapter inputs {listing(set(kept[0]) - set(kept[1]))}")
-    names = [value.name for value in after.get_outputs()]
+    before, after = CheckGraph(source, told), CheckGraph(file, told)
+    if lost := set(before.adapter_inputs) ^ set(after.adapter_inputs):
+        raise ExportError(f"the quantised graph lost the adapter inputs {listing(lost)}")
     worst, probes = 0.0, []
-    for stored in record["probes"] or [{"sizes": {}, "seed": 0, "case": "example"}]:
+    for stored in record.probes or [{"sizes": {}, "seed": 0, "case": "example"}]:
         for seed in range(stored["seed"], stored["seed"] + _DRAWS):
-            inputs = drawn(record, stored["sizes"], seed)
+            inputs = record.draw(stored["sizes"], seed)
             if told["adapters"] == "bank":
                 batch = next(tensor.shape[0] for tensor in inputs.values() if tensor.dim())
                 inputs[ADAPTER_IDS] = torch.tensor(stored.get("ids", [0] * batch), dtype=torch.int64)
             for adapter in ({}, random_adapter(after, seed)) if told["adapters"] == "swappable" else ({},):
-                want, got = (run(session, {**inputs, **adapter}, names) for session in (before, after))
-                worst = max([worst, *(_distance(got[name], want[name]) for name in names)])
+                want, got = (graph.compute(stored["case"], inputs, adapter) for graph in (before, after))
+                worst = max([worst, *(_distance(got[name], value) for name, value in want.items())])
             if seed == stored["seed"]:
-                probes.append({**stored, "outputs": probe(after, inputs, names)})
-    if not math.isfinite(worst):
-        raise ExportError(f"in {told['quantised']['bits']} bits the graph gives numbers that are not finite")
-    return worst, probes if record["probes"] else []
+                probes.append({**stored, "outputs": probe(after, stored["case"], inputs)})
+    return worst, probes if record.probes else []
 
 
 def _distance(got: np.ndarray, want: np.ndarray) -> float:

@@ -1,89 +1,84 @@
-"""Running a new graph against torch, and what is kept of it in the file for `verify`."""
+"""What a graph says of its export: the manifest, and the record that `verify` repeats the checks from.
+
+fxgraft.manifest   mode, configs, sites, versions: what the graph is          (`graph_manifest`)
+fxgraft.record     how inputs are drawn, what they gave, how far from torch   (`Record`)
+fxgraft.seal       the hash of all that, and of the weights beside it         (`seal`)
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...backends.artifact.parity import Parity
-from ...backends.artifact.random_inputs import describe_inputs, fresh
-from ...backends.artifact.signature import Axes, Example, arguments, other_sizes
-from ...rewriter.errors import ExportError, ParityError
-from ...rewriter.method import ADAPTER_IDS
-from .checks import Inputs, Rule, hold_against_torch, probe
-from .graph_parity import quiet_session
-from .modes import Plan, Truth
+import torch
+
+from ...backends.artifact.random_inputs import describe_inputs, draw
+from ...backends.artifact.signature import Axes, Example, add_up, arguments
+from ...rewriter.errors import SessionError, VerifyError
+from ..adapterfiles import graph_manifest as manifest
+from .seal import check_seal, seal
+
+RECORD = "fxgraft.record"
 
 
-def record_of(example: Example, axes: Axes, given: bool = False) -> dict[str, Any]:
-    """What `verify` needs to draw inputs for a graph."""
-    return {
-        "parity": [],
-        "inputs": describe_inputs(example, given),
-        "constants": example.constants,
-        "nested": example.nested,
-        "axes": axes,
-        "probes": [],
-    }
+@dataclass(frozen=True)
+class Record:
+    """The inputs of an export, described and not held, its comparisons with torch, and what the graph gave (`probes`,
+    each with its `sizes`, `seed`, `case` and, of a bank, `ids`)."""
+
+    inputs: dict[str, dict[str, Any]]
+    constants: dict[str, Any]
+    axes: Axes
+    nested: dict[str, dict[str, str]] = field(default_factory=dict)
+    parity: list[dict[str, Any]] = field(default_factory=list)
+    probes: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, example: Example, axes: Axes, given: bool = False) -> Record:
+        return cls(describe_inputs(example, given), example.constants, axes, example.nested)
+
+    def draw(self, sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
+        """Random inputs like the example's, on the CPU."""
+        return draw(self.inputs, self.axes, sizes, seed)
+
+    def arguments(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """A model's arguments, copies all."""
+        return arguments({**tensors, **self.constants}, self.nested)
+
+    def unseen_sizes(self) -> list[dict[str, int]]:
+        """Sizes for the dynamic axes that the export did not use: batches larger than any, sequences not longer."""
+        seen = {
+            label: self.inputs[name]["shape"][axis]
+            for name, named in self.axes.items()
+            for axis, label in named.items()
+        }
+        return [
+            add_up({label: size + 3 if "batch" in label else max(size - 2, 1) for label, size in seen.items()}),
+            add_up({label: 1 if "batch" in label else size for label, size in seen.items()}),
+        ]
 
 
-def checked(
-    plan: Plan, file: Path, example: Example, axes: Axes, seed: int, rule: Rule
-) -> tuple[list[Parity], dict[str, Any], tuple[str, ...]]:
-    """The comparisons with torch, on the example and on random inputs of other sizes; the record of them; notes.
+def write_description(file: Path, told: Mapping[str, Any], record: Record) -> None:
+    """Append manifest, record and seal to a graph."""
+    seal(file, {manifest.KEY: manifest.dump(told), RECORD: json.dumps(dataclasses.asdict(record))})
 
-    A model may run on no random integers at all (the image tokens of LLaVA are as many as the image has): then the
-    example's own stand in, in its sizes, with random floats. Raises `ParityError`, or `ExportError` where the model
-    does not run in other sizes.
-    """
-    session = quiet_session(file)
-    given, notes = False, list[str]()
-    cases, draws = _cases(example, axes, seed, given)
+
+def read_description(file: Path) -> tuple[dict[str, Any], Record]:
+    """Manifest and record of a graph, every byte of which is as it was written. Raises `VerifyError`."""
+    metadata = check_seal(file)
     try:
-        parity = hold_against_torch(plan, session, cases, example.constants, example.nested, rule)
-    except ParityError:
-        raise
-    except ExportError:
-        if _takes(plan, example, fresh(example, {}, {}, seed)):
-            raise
-        given, axes = True, {}
-        notes.append("the model takes no random integers: compared with those of the example, in its sizes alone")
-        cases, draws = _cases(example, axes, seed, given)
-        parity = hold_against_torch(plan, session, cases, example.constants, example.nested, rule)
-    names = [value.name for value in session.get_outputs()]
-    probes = []
-    for one in draws:
-        tensors = fresh(example, axes, one["sizes"], one["seed"], given)
-        for case, feeds in plan.probes(tensors):
-            ids = {"ids": feeds[ADAPTER_IDS].tolist()} if feeds else {}
-            probes.append({**one, **ids, "case": case, "outputs": probe(session, {**tensors, **feeds}, names)})
-    made = {"parity": [dataclasses.asdict(check) for check in parity], "probes": probes}
-    return parity, {**record_of(example, axes, given), **made}, tuple(notes)
-
-
-def _takes(plan: Plan, example: Example, tensors: Inputs) -> bool:
-    for _, truth, _ in plan.runs(0, tensors):
-        return _runs(truth, arguments({**tensors, **example.constants}, example.nested))
-    return True
-
-
-def _runs(truth: Truth, inputs: Mapping[str, Any]) -> bool:
-    try:
-        truth(inputs)
-    except ExportError:
-        return False
-    return True
-
-
-def _cases(
-    example: Example, axes: Axes, seed: int, given: bool
-) -> tuple[Sequence[tuple[str, Inputs, int]], list[dict[str, Any]]]:
-    """What is compared: the example, and random inputs of other sizes; and those once more as (sizes, seed)."""
-    cases: list[tuple[str, Inputs, int]] = [("example", example.tensors, 0)]
-    draws = []
-    for step, sizes in enumerate(other_sizes(example, axes) or [{}], start=1):
-        cases.append((f"random {step}", fresh(example, axes, sizes, seed + step, given), step - 1))
-        draws.append({"sizes": sizes, "seed": seed + step})
-    return cases, draws
+        told = manifest.load(metadata)
+    except SessionError as error:
+        raise VerifyError(str(error)) from error
+    if told is None or RECORD not in metadata:
+        raise VerifyError(
+            f"{str(file)!r} was written in another format; this fxgraft reads {manifest.FORMAT}: update it"
+        )
+    said = json.loads(metadata[RECORD])
+    # JSON has strings for keys.
+    axes = {name: {int(axis): label for axis, label in named.items()} for name, named in said["axes"].items()}
+    return told, Record(**{**said, "axes": axes})

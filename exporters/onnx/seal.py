@@ -1,30 +1,29 @@
 """A graph file that knows its own hash.
 
-    graph  ->  graph | record | seal
+    graph  ->  graph | metadata | seal
 
 A protobuf file followed by another message of the same type is the two merged, so metadata is appended without reading
-the graph again. The record says how the export was checked; the seal, last, has the hash of all bytes before it and of
-every file with external weights.
+the graph again. The seal, last, has the hash of all bytes before it and of every file with external weights.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...backends.artifact.bounded_files import sha256
 from ...rewriter.errors import VerifyError, listing
 
-RECORD, SEAL = "fxgraft.record", "fxgraft.seal"
+SEAL = "fxgraft.seal"
 
 
-def seal(file: Path, record: Mapping[str, Any]) -> None:
-    """Append the record and the seal to a graph; its external files must lie beside it."""
+def seal(file: Path, metadata: Mapping[str, str]) -> None:
+    """Append metadata and the seal to a graph; its external files must lie beside it."""
     with file.open("ab") as stream:
-        stream.write(_entry(RECORD, json.dumps(record)))
-    said = {"sha256": _sha256(file), "files": {name: _sha256(file.parent / name) for name in _external(file)}}
+        stream.writelines(_entry(key, value) for key, value in metadata.items())
+    said = {"sha256": sha256(file), "files": {one.name: sha256(one) for one in external_files(file)}}
     with file.open("ab") as stream:
         stream.write(_entry(SEAL, json.dumps(said, sort_keys=True)))
 
@@ -52,11 +51,11 @@ def check_seal(file: Path) -> dict[str, str]:
     with file.open("rb") as stream:
         stream.seek(max(size, 0))
         sealed = stream.read() == last
-    if not sealed or _sha256(file, size) != own:
+    if not sealed or sha256(file, size) != own:
         raise VerifyError(f"{str(file)!r} is not what was exported: it was damaged or changed after the export")
     if missing := [name for name in files if not (file.parent / name).is_file()]:
         raise VerifyError(f"{str(file)!r} has its weights in {listing(missing)} beside it, which is not there")
-    if changed := [name for name, digest in files.items() if _sha256(file.parent / name) != digest]:
+    if changed := [name for name, digest in files.items() if sha256(file.parent / name) != digest]:
         raise VerifyError(f"{listing(changed)} beside {str(file)!r} does not hold the weights that were exported")
     return metadata
 
@@ -82,23 +81,8 @@ def _read(file: Path) -> Any:
     return model
 
 
-def _external(file: Path) -> list[str]:
-    """Names of the files a graph keeps weights in."""
-    names = {
-        entry.value
-        for tensor in _read(file).graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return sorted(names)
-
-
-def _sha256(file: Path, size: int | None = None) -> str:
-    """Of the first `size` bytes; None: of all."""
-    digest = hashlib.sha256()
-    left = file.stat().st_size if size is None else size
-    with file.open("rb") as stream:
-        while left > 0 and (block := stream.read(min(left, 1 << 20))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
+def external_files(file: Path) -> list[Path]:
+    """The files beside a graph that it keeps weights in."""
+    tensors = _read(file).graph.initializer
+    names = {entry.value for one in tensors for entry in one.external_data if entry.key == "location"}
+    return [file.parent / name for name in sorted(names)]

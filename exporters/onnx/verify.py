@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...backends.artifact.parity import Parity
-from ...backends.artifact.signature import add_up
+from ...backends.artifact.parity import Parity, sizes_of
 from ...rewriter.capture.skeleton import bare
-from ...rewriter.errors import ExportError, ParityError, SessionError, VerifyError, listing, path_of
+from ...rewriter.errors import ExportError, ParityError, VerifyError, listing, path_of
 from ...rewriter.method import ADAPTER_IDS
-from ..adapterfiles import graph_manifest as manifest
 from .cached_decoder import cached
-from .checks import axes_of, differs, drawn, hold_against_torch, probe, random_adapter, rule_of
-from .graph_parity import quiet_session, run
+from .checks import compare, differs, probe, random_adapter
 from .modes import make_plan
+from .ort_graph import CheckGraph, Inputs
 from .prepare import working_copy
-from .seal import RECORD, check_seal
+from .record import Record, read_description
 
 
 @dataclass(frozen=True)
@@ -70,46 +67,33 @@ def verify(
     file = path_of(path, "verify", VerifyError)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise VerifyError(f"verify(seed={seed!r}): give a whole number, or None")
-    metadata = check_seal(file)
-    try:
-        told = manifest.load(metadata)
-    except SessionError as error:
-        raise VerifyError(str(error)) from error
-    if told is None or RECORD not in metadata:
-        raise VerifyError(
-            f"{str(file)!r} was written in another format; this fxgraft reads {manifest.FORMAT}: update it"
-        )
-    record = json.loads(metadata[RECORD])
+    told, record = read_description(file)
     checks = ["every byte is as exported"]
     _check_graph(file)
     checks.append("onnx.checker accepts it")
-    try:
-        session = quiet_session(file)
-    except ExportError as error:
-        raise VerifyError(str(error)) from error
-    seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     if not told.get("checked", True):
         checks.append("was exported with check=False: never compared with torch, and there is nothing to repeat")
-    if "quantised" in told:
-        checks.append(f"was quantised to {told['quantised']['bits']} bits, off by {told['quantised']['error']:.1e}")
-    limit = _limit(told, record)
-    checks += _again(session, record, limit)
-    checks += _unseen(session, record, told, seed, limit)
+    quantised = told.get("quantised", {})
+    if quantised:
+        checks.append(f"was quantised to {quantised['bits']} bits, off by {quantised['error']:.1e}")
+    # How far two runs of one graph may be apart, on another machine and version: what its comparison with torch was
+    # allowed at most.
+    limit = max([told["tolerance"], *(check.get("allowed", 0.0) for check in record.parity)])
+    seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     parity: list[Parity] = []
-    if model is not None:
-        parity = _with_torch(model, session, record, told, seed)
-        allowed = max((check.allowed for check in parity), default=0.0)
-        checks.append(f"agrees with torch on unseen inputs (seed {seed}) within {allowed:.0e}")
-    exported = tuple(Parity(**check) for check in record["parity"])
+    try:
+        graph = CheckGraph(file, told)
+        checks += _again(graph, record, quantised.get("tolerance", limit))
+        checks += _unseen(graph, record, seed, quantised.get("tolerance", limit))
+        if model is not None:
+            tolerance = quantised.get("tolerance", told.get("given_tolerance"))
+            parity = _with_torch(model, graph, record, seed, tolerance)
+            allowed = max((check.allowed for check in parity), default=0.0)
+            checks.append(f"agrees with torch on unseen inputs (seed {seed}) within {allowed:.0e}")
+    except ExportError as error:
+        raise VerifyError(str(error)) from error
+    exported = tuple(Parity(**check) for check in record.parity)
     return Verification(file, tuple(checks), tuple(parity), exported, told, time.perf_counter() - started)
-
-
-def _limit(told: Mapping[str, Any], record: Mapping[str, Any]) -> float:
-    """How far two runs of one graph may be apart, on another machine and version, over an output's largest value: what
-    its comparison with torch was allowed at most."""
-    if "quantised" in told:
-        return float(told["quantised"]["tolerance"])
-    return max([told["tolerance"], *(check.get("allowed", 0.0) for check in record["parity"])])
 
 
 def _check_graph(file: Path) -> None:
@@ -121,105 +105,72 @@ def _check_graph(file: Path) -> None:
         raise VerifyError(f"onnx.checker refuses {str(file)!r}: {error}") from error
 
 
-def _outputs(session: Any) -> list[str]:
-    return [value.name for value in session.get_outputs()]
-
-
-def _again(session: Any, record: Mapping[str, Any], tolerance: float) -> list[str]:
+def _again(graph: CheckGraph, record: Record, tolerance: float) -> list[str]:
     """The outputs of the export, for the inputs of the export."""
-    if not record["probes"]:
-        return []
-    for stored in record["probes"]:
-        inputs = drawn(record, stored["sizes"], stored["seed"])
+    for stored in record.probes:
+        inputs, case = record.draw(stored["sizes"], stored["seed"]), stored["case"]
         if "ids" in stored:
             inputs[ADAPTER_IDS] = torch.tensor(stored["ids"], dtype=torch.int64)
-        wrong = differs(_run(session, stored["case"], inputs, probe), stored["outputs"], tolerance)
-        if wrong:
-            raise VerifyError(f"the graph no longer gives what it gave at the export ({stored['case']}): {wrong}")
-    return [f"gives what it gave at the export ({len(record['probes'])} runs)"]
+        if wrong := differs(probe(graph, case, inputs), stored["outputs"], tolerance):
+            raise VerifyError(f"the graph no longer gives what it gave at the export ({case}): {wrong}")
+    return [f"gives what it gave at the export ({len(record.probes)} runs)"] if record.probes else []
 
 
-def _run(session: Any, case: str, inputs: Mapping[str, torch.Tensor], function: Any) -> Any:
-    try:
-        return function(session, inputs, _outputs(session))
-    except Exception as error:  # onnxruntime's classes share no base
-        raise VerifyError(f"onnxruntime fails on the graph ({case}): {error}") from error
-
-
-def _sizes(record: Mapping[str, Any]) -> Iterator[dict[str, int]]:
-    """Sizes for the dynamic axes that the export did not use: batches larger than any, sequences not longer."""
-    axes = axes_of(record)
-    seen: dict[str, int] = {}
-    for name, named in axes.items():
-        seen.update({label: record["inputs"][name]["shape"][axis] for axis, label in named.items()})
-    yield add_up({label: size + 3 if "batch" in label else max(size - 2, 1) for label, size in seen.items()})
-    yield add_up({label: 1 if "batch" in label else size for label, size in seen.items()})
-
-
-def _unseen(session: Any, record: Mapping[str, Any], told: Mapping[str, Any], seed: int, tolerance: float) -> list[str]:
-    shapes = {value.name: value.shape for value in session.get_outputs()}
+def _unseen(graph: CheckGraph, record: Record, seed: int, tolerance: float) -> list[str]:
+    told = graph.manifest or {}
+    slots = [*sorted(told.get("tenants", {}).values()), 0]
     done = [f"runs on unseen inputs (seed {seed})"]
-    for step, sizes in enumerate(_sizes(record)):
-        inputs = drawn(record, sizes, seed + step)
-        batch = next(iter(inputs.values())).shape[0] if inputs else 0
-        slots = sorted(told.get("tenants", {}).values())
+    for step, sizes in enumerate(record.unseen_sizes()):
+        inputs = record.draw(sizes, seed + step)
         if told["adapters"] == "bank":
-            inputs[ADAPTER_IDS] = torch.tensor([[*slots, 0][i % (len(slots) + 1)] for i in range(batch)])
-        case = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-        got = _run(session, case, inputs, run)
+            batch = next(iter(inputs.values())).shape[0]
+            inputs[ADAPTER_IDS] = torch.tensor([slots[i % len(slots)] for i in range(batch)])
+        case = sizes_of(inputs)
+        got = graph.compute("unseen", inputs)
         for name, value in got.items():
-            wanted = [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in shapes[name]]
+            shape = graph.outputs[name].shape
+            wanted = [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in shape]
             if any(isinstance(w, int) and w != n for w, n in zip(wanted, value.shape, strict=True)):
-                raise VerifyError(f"output {name!r} is {value.shape} and was promised as {shapes[name]} ({case})")
+                raise VerifyError(f"output {name!r} is {value.shape} and was promised as {list(shape)} ({case})")
             if value.dtype.kind == "f" and np.isnan(value).any():
                 raise VerifyError(f"output {name!r} is NaN ({case})")
         if told["adapters"] == "bank":
-            _rows(session, inputs, got, tolerance, case)
+            _rows(graph, inputs, got, tolerance, case)
             done[1:] = ["gives every row of a mixed batch what the row's adapter gives alone"]
-        elif told["adapters"] == "swappable" and _adapters(session, inputs, got, seed + step, case):
+        elif told["adapters"] == "swappable" and (adapter := random_adapter(graph, seed + step)):
+            _adapters(graph, inputs, got, adapter, case)
             done[1:] = ["an adapter of zeros is no adapter, bit for bit, and a random one is not"]
     return done
 
 
-def _rows(
-    session: Any, inputs: dict[str, torch.Tensor], got: Mapping[str, np.ndarray], tolerance: float, case: str
-) -> None:
+def _rows(graph: CheckGraph, inputs: Inputs, got: Mapping[str, np.ndarray], tolerance: float, case: str) -> None:
     ids = inputs[ADAPTER_IDS]
     for slot in ids.unique().tolist():
-        alone = _run(session, case, {**inputs, ADAPTER_IDS: torch.full_like(ids, slot)}, run)
+        alone = graph.compute(f"slot {slot}", {**inputs, ADAPTER_IDS: torch.full_like(ids, slot)})
         for name, value in alone.items():
             rows = np.repeat((ids == slot).numpy(), len(value) // len(ids))
             if not np.allclose(got[name][rows], value[rows], rtol=0, atol=tolerance * (np.abs(value).max() or 1.0)):
                 raise VerifyError(f"output {name!r} of slot {slot} is another one in a mixed batch ({case})")
 
 
-def _adapters(
-    session: Any,
-    inputs: Mapping[str, torch.Tensor],
-    got: Mapping[str, np.ndarray],
-    seed: int,
-    case: str,
-) -> bool:
-    """Zeros of some rank, then random numbers, in the place of the tensors of free size; False where there are none."""
-    random = random_adapter(session, seed)
-    # B is the right factor of a site's product.
-    zeros = {name: torch.zeros_like(t) if name.rpartition(".")[2] == "B" else t for name, t in random.items()}
-    if not random:
-        return False
-    same, other = (_run(session, case, {**inputs, **adapter}, run) for adapter in (zeros, random))
-    for name, value in got.items():
-        if not np.array_equal(same[name], value, equal_nan=True):
+def _adapters(graph: CheckGraph, inputs: Inputs, got: Mapping[str, np.ndarray], random: Inputs, case: str) -> None:
+    """With a zero right factor at every site, the last of its inputs, a random adapter is none; as it is, it is one."""
+    last = {name.rpartition(".")[0]: name for name in random}.values()
+    zero = {name: torch.zeros_like(tensor) if name in last else tensor for name, tensor in random.items()}
+    for name, value in graph.compute("an adapter of zeros", inputs, zero).items():
+        if not np.array_equal(value, got[name], equal_nan=True):
             raise VerifyError(f"output {name!r} changes with an adapter whose right factors are zero ({case})")
+    other = graph.compute("a random adapter", inputs, random)
     if all(np.array_equal(other[name], value) for name, value in got.items()):
         raise VerifyError(f"a random adapter changes no output ({case}): the graph does not use its adapter inputs")
-    return True
 
 
 def _with_torch(
-    model: torch.nn.Module, session: Any, record: Mapping[str, Any], told: Mapping[str, Any], seed: int
+    model: torch.nn.Module, graph: CheckGraph, record: Record, seed: int, tolerance: float | None
 ) -> list[Parity]:
     if not isinstance(model, torch.nn.Module):
         raise VerifyError(f"verify(path, {type(model).__name__}): give the adapted model, an nn.Module")
+    told = graph.manifest or {}
     root = working_copy(bare(model))
     if told.get("cache"):
         root = cached(root, told["cache"])
@@ -234,16 +185,14 @@ def _with_torch(
         if tenants is not None and tenants != plan.about()["tenants"]:
             raise VerifyError(f"the graph has the tenants {tenants}, the model {plan.about()['tenants']}")
         device = next(root.parameters()).device
-        cases = []
-        for step, sizes in enumerate(_sizes(record)):
-            inputs = {name: tensor.to(device) for name, tensor in drawn(record, sizes, seed + step).items()}
-            cases.append((f"unseen {step + 1}", inputs, step))
-        try:
-            given = told["quantised"]["tolerance"] if "quantised" in told else told.get("given_tolerance")
-            rule = rule_of(plan, given)
-            return hold_against_torch(plan, session, cases, record["constants"], record.get("nested", {}), rule)
-        except ParityError as error:
-            raise VerifyError(f"the graph is not the model's: {error}") from error
+        parity: list[Parity] = []
+        for step, sizes in enumerate(record.unseen_sizes()):
+            inputs = {name: tensor.to(device) for name, tensor in record.draw(sizes, seed + step).items()}
+            try:
+                parity += compare(plan, graph, record, f"unseen {step + 1}", inputs, step, tolerance)
+            except ParityError as error:
+                raise VerifyError(f"the graph is not the model's: {error}") from error
+    return parity
 
 
 __all__ = ["Verification", "verify"]

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from ...backends.artifact.bounded_files import sha256
+
 # Smaller tensors stay in the graph: a reader of its constants has them at hand.
 SMALL = 256
 # Tensors begin at a page, so that a reader can map them.
@@ -69,7 +71,7 @@ def lay_out(model: Any, folder: Path, target: Path, forms: Mapping[str, torch.Te
             digest.update(block)
         location = f"{digest.hexdigest()}.weights"
         with (folder / location).open("wb") as stream:
-            if (target / location).is_file() and _sha256(target / location) == digest.hexdigest():
+            if (target / location).is_file() and sha256(target / location) == digest.hexdigest():
                 stream.truncate((target / location).stat().st_size)
                 links[folder / location] = target / location
             else:
@@ -111,14 +113,6 @@ def _bytes(tensors: Mapping[str, Any], places: Mapping[str, tuple[int, int]]) ->
         yield bytes(offset - end)
         yield tensor.tobytes()
         end = offset + length
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _torch_tensor(tensor: torch.Tensor, name: str) -> Any:

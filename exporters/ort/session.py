@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ...rewriter.errors import AdapterError, SessionError, listing, path_of
-from ..adapterfiles import graph_manifest as manifest
-from ..adapterfiles.adapter_format import EXPANDED, STRUCTURED, read_adapter
 from ..adapterfiles.export_adapter import export_ort_adapter
-from ..adapterfiles.fit import DIFFERENCE, check_config, check_fit, check_room, one_slot, overlap, widened_to
-from ..adapterfiles.ort_values import Device, TensorInfo, to_array, to_ort
-from ..adapterfiles.structured import Expander
+from ..adapterfiles.fit import DIFFERENCE, one_slot
+from ..adapterfiles.ort_values import Device, to_array, to_ort
+from ..onnx.ort_graph import OrtGraph
 from ..onnx.verify import verify as repeat_checks
+from .active import active_values
 from .adapter_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
-from .binding import Provider, device_of, run_bound, start
 from .feeds import IDS, Array, check_ids, check_inputs
 from .generate import check_prompt, greedy
+from .providers import Provider, device_of, start
+from .read_adapters import AdapterReader
 from .session_bank import Bank, room
-from .weighted import Combiner, check_weights
+from .weighted import Combiner
 
 
 class OrtSession:
@@ -72,8 +70,6 @@ class OrtSession:
 
         Raises `SessionError` where the graph cannot be opened, or has lost its adapter inputs.
         """
-        import onnxruntime
-
         self.path = path_of(path, "OrtSession(path)", SessionError)
         if not self.path.is_file():
             raise SessionError(f"there is no graph {str(path)!r}")
@@ -84,37 +80,33 @@ class OrtSession:
                 raise SessionError(f"{what}={size!r}: give a whole number from 1 up, or None to leave it out")
         if verify:
             repeat_checks(self.path)
-        self._session = start(self.path, providers, threads, strict)
+        self._graph = OrtGraph(start(self.path, providers, threads, strict))
+        self._session = self._graph.session
         self.providers: list[str] = self._session.get_providers()
         self.device: Device = device_of(self._session)
         if binding is False and self.device.type != "cpu":
             raise SessionError(f"binding=False: runs on {self.providers[0]} are always bound to the device")
         self.binding = self.device.type != "cpu" if binding is None else bool(binding)
-        self._ortvalue = onnxruntime.OrtValue
-        self.manifest = manifest.load(manifest.metadata(self._session))
-        self._renamed = manifest.renamed(self._session)
-        self.inputs = _infos(self._session.get_inputs(), self._renamed.model_inputs())
-        self.outputs = _infos(self._session.get_outputs(), self._renamed.model_outputs())
-        self.adapter_inputs = _infos(self._session.get_overridable_initializers())
-        _check_whole(self.path, self.manifest, self.inputs, self.adapter_inputs)
-        self._expand, self._combine = Expander(), Combiner(self.device)
-        # Weakly: a cache that held its session would keep a dropped graph in memory until the garbage collector runs.
-        read = weakref.WeakMethod(self._read)
-        self._cache = AdapterCache(lambda name, source: read()(name, source), max_bytes)  # type: ignore[misc]
-        self._bank: Bank | None = None
+        self.manifest, self.inputs, self.outputs = self._graph.manifest, self._graph.inputs, self._graph.outputs
+        self.adapter_inputs = self._graph.adapter_inputs
         told = self.manifest or {}
+        _check_whole(self.path, self.manifest, self.inputs, self.adapter_inputs)
+        self._bank: Bank | None = None
+        self._combine = Combiner(self.device)
         if IDS in self.inputs and told.get("adapters", "bank") == "bank":
             capacity = told.get("capacity") if capacity is None else capacity
             rank = told.get("rank") if rank is None else rank
             stacks, bases = room(self.path, self.adapter_inputs, capacity, rank)
+            reader = AdapterReader(self.path, told, one_slot(self.adapter_inputs), self.device, stacks)
+            self._cache = AdapterCache(reader, max_bytes)
             self._bank = Bank(stacks, self._cache, self.device, told.get("tenants", {}), bases)
-            self._fits = one_slot(self.adapter_inputs)
         elif capacity is not None or rank is not None:
             raise SessionError(
                 f"capacity= and rank= are for a graph with a bank of adapters (adapters='bank'); {str(path)!r} has none"
             )
         else:
-            self._fits = self.adapter_inputs
+            reader = AdapterReader(self.path, told, self.adapter_inputs, self.device)
+            self._cache = AdapterCache(reader, max_bytes)
 
     @property
     def checked(self) -> bool | None:
@@ -212,37 +204,6 @@ class OrtSession:
         if self._bank is not None:
             self._bank.check_room_for(name)
 
-    def _read(self, name: str, source: Source) -> tuple[LoadedAdapter, str]:
-        """One file, read, expanded, checked against the graph, and on the device."""
-        if not self.adapter_inputs:
-            raise AdapterError(
-                f"{str(self.path)!r} takes no adapters, it has no inputs for them: export it with "
-                "adapters='swappable' or 'bank'"
-            )
-        content = read_adapter(source.path)
-        values = content.values
-        own = (self.manifest or {}).get("own")
-        if own is not None:
-            check_config(name, content.described, own)
-        elif content.described is not None:
-            values = self._expand(content.described, values, f"adapter {name!r} in {str(source.path)!r}")
-        values = widened_to(values, self._fits)
-        ranks = check_fit(name, values, self._fits, source.partial)
-        if self._bank is not None:
-            check_room(name, values, self._bank.stacks)
-        expected = (self.manifest or {}).get("fingerprint")
-        # Files of other writers carry no fingerprint, and that of a partial adapter covers other sites by design.
-        ours = expected is not None and content.adapter_version in (EXPANDED, STRUCTURED)
-        if source.check_base and ours and not source.partial and content.model_version != expected:
-            raise AdapterError(
-                f"adapter {name!r} was trained on other base weights than this graph holds (fingerprint "
-                f"{content.model_version:08x}, the graph's is {expected:08x}); check_base=False loads it all the same"
-            )
-        size = sum(tensor.nbytes for tensor in values.values())
-        # A bank copies a tenant into its stacks; elsewhere the values are fed as they are.
-        placed = values if self._bank else {key: to_ort(tensor, self.device) for key, tensor in values.items()}
-        return LoadedAdapter(name, ranks, size, dict(placed), source.serial), content.digest()
-
     # -- running -----------------------------------------------------------------------------------------------------
     def run(
         self,
@@ -316,69 +277,27 @@ class OrtSession:
 
     def _greedy(self, values: Mapping[str, Any], arrays: Mapping[str, Array], *prompt: Any) -> np.ndarray:
         def step(inputs: Mapping[str, Array], cache: Mapping[str, Any], kept: Sequence[str]) -> Any:
-            logits, *rest = self._call({**inputs, **arrays}, {**cache, **values}, ["logits"], kept)
+            given = {name: to_ort(array, self.device) for name, array in {**inputs, **arrays}.items()}
+            logits, *rest = self._call({**given, **cache}, values, ["logits"], kept)
             return to_array(logits), dict(zip(kept, rest, strict=True))
 
         return greedy(step, self.inputs, self.device, *prompt)
 
     def _run(self, arrays: Mapping[str, Array], values: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
-        results = self._call(arrays, values, wanted)
+        results = self._call({name: to_ort(array, self.device) for name, array in arrays.items()}, values, wanted)
         return {name: to_array(value) for name, value in zip(wanted, results, strict=True)}
 
     def _call(
-        self, arrays: Mapping[str, Array], values: Mapping[str, Any], wanted: Sequence[str], kept: Sequence[str] = ()
+        self, inputs: Mapping[str, Any], values: Mapping[str, Any], wanted: Sequence[str], kept: Sequence[str] = ()
     ) -> list[Any]:
         """The outputs `wanted`, on the CPU, and those `kept` on the device, as OrtValues."""
-        given, their = self._renamed.inputs, self._renamed.outputs
-        values = {**{given.get(name, name): self._wrap(array) for name, array in arrays.items()}, **values}
-        wanted = [their.get(name, name) for name in wanted]
         try:
-            if self.binding:
-                return run_bound(self._session, values, wanted, kept, self.device)
-            return list(self._session.run_with_ort_values([*wanted, *kept], values))
+            return self._graph.run(inputs, values, wanted, kept, self.device if self.binding else None)
         except Exception as error:  # onnxruntime's classes share no base
             raise SessionError(f"onnxruntime failed on {str(self.path)!r}: {error}") from error
 
     def _active(self, adapter: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, Any]:
-        if adapter is None:
-            return {}
-        if isinstance(adapter, str):
-            return self._cache.get(adapter).values
-        if isinstance(adapter, Mapping):
-            weights = check_weights(adapter)
-            if "own" in (self.manifest or {}) and list(weights.values()) != [1.0]:
-                raise AdapterError(
-                    "the graph does the method's arithmetic, and takes one adapter's own tensors: weights need a graph "
-                    "exported with expanded=True"
-                )
-            return self._combine([self._cache.get(name) for name in weights], list(weights.values()))
-        if not isinstance(adapter, Sequence):
-            raise AdapterError(f"adapter={adapter!r}: give a name, several in a list, or weights by name in a dict")
-        if wrong := [name for name in adapter if not isinstance(name, str)]:
-            raise AdapterError(f"adapter={adapter!r}: {wrong[0]!r} is no adapter's name")
-        values: dict[str, Any] = {}
-        owner: dict[str, str] = {}
-        for one in [self._cache.get(name) for name in adapter]:
-            shared = overlap(values, one.values)
-            if shared:
-                raise AdapterError(
-                    f"adapters {owner[shared[0]]!r} and {one.name!r} both set {listing(shared)}: one run takes one "
-                    "value each. Run them one after the other, or combine them before the export"
-                )
-            values.update(one.values)
-            owner.update(dict.fromkeys(one.values, one.name))
-        return values
-
-    def _wrap(self, array: Array) -> Any:
-        if isinstance(array, torch.Tensor):
-            return to_ort(array, self.device)
-        return self._ortvalue.ortvalue_from_numpy(array, self.device.type, self.device.index)
-
-
-def _infos(values: Sequence[Any], names: Mapping[str, str] | None = None) -> dict[str, TensorInfo]:
-    """What a graph takes or gives, by its names or by those that `names` has for them."""
-    named = [((names or {}).get(value.name, value.name), value) for value in values]
-    return {name: TensorInfo(name, tuple(value.shape), value.type) for name, value in named}
+        return active_values(adapter, self._cache, self._combine, own="own" in (self.manifest or {}))
 
 
 def _check_whole(path: Path, told: Mapping[str, Any] | None, inputs: Any, adapter_inputs: Any) -> None:

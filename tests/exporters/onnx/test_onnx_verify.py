@@ -14,7 +14,7 @@ import fxgraft as fg
 from fxgraft.backends.artifact.random_inputs import describe_inputs, draw
 from fxgraft.backends.artifact.signature import automatic_axes, bind
 from fxgraft.exporters.adapterfiles import graph_manifest as manifest
-from fxgraft.exporters.onnx import seal
+from fxgraft.exporters.onnx import record, seal
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
 HYDRA = fg.HydraLoRA(rank=2, experts=3)
@@ -96,7 +96,7 @@ def test_the_record_holds_no_input(written):
     folder, _ = written
     content = (folder / "merged.onnx").read_bytes()
     assert X.numpy().tobytes() not in content
-    values = json.loads({p.key: p.value for p in onnx.load(folder / "merged.onnx").metadata_props}[seal.RECORD])
+    values = json.loads({p.key: p.value for p in onnx.load(folder / "merged.onnx").metadata_props}[record.RECORD])
     assert values["inputs"]["x"]["kind"] == "normal" and "values" not in values["inputs"]["x"]
 
 
@@ -153,11 +153,10 @@ def reseal(file, change):
     model = onnx.load(file)
     entries = {entry.key: entry.value for entry in model.metadata_props}
     change(model, entries)
-    record = json.loads(entries.pop(seal.RECORD))
     entries.pop(seal.SEAL)
-    onnx.helper.set_model_props(model, entries)
+    onnx.helper.set_model_props(model, {})
     onnx.save(model, file)
-    seal.seal(file, record)
+    seal.seal(file, entries)
 
 
 def test_other_numbers_than_at_the_export(copied):

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, save
 import fxgraft as fg
 from fxgraft.exporters.adapterfiles.ort_values import Device, to_array, to_ort, to_torch
 from fxgraft.exporters.onnx.export import export_onnx
-from fxgraft.exporters.ort import binding as ort_binding
+from fxgraft.exporters.ort import providers as ort_providers
 from fxgraft.exporters.ort.session import OrtSession, export_ort_adapter
 from fxgraft.rewriter.errors import SessionError
 
@@ -156,20 +156,20 @@ def test_a_provider_that_does_not_start(files, build):
         build(outcome)
         for options in ({"providers": [CUDA]}, {"providers": [(CUDA, {"device_id": 1})]}, {"strict": True}):
             with pytest.raises(SessionError, match=said):
-                ort_binding.start(path, options.get("providers"), None, options.get("strict", False))
+                ort_providers.start(path, options.get("providers"), None, options.get("strict", False))
         # Nobody asked for it: the CPU will do, but not in silence.
         with pytest.warns(UserWarning, match=f"'{CUDA}' did not start .*{said}.*runs on the CPU.*onnxruntime-gpu"):
-            assert ort_binding.start(path, None, None, False).get_providers() == ["CPUExecutionProvider"]
+            assert ort_providers.start(path, None, None, False).get_providers() == ["CPUExecutionProvider"]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            ort_binding.start(path, ["CPUExecutionProvider"], None, False)
+            ort_providers.start(path, ["CPUExecutionProvider"], None, False)
 
 
 def test_what_is_asked_of_onnxruntime(files, build):
     asked = build(Started)
     path = files / "m.onnx"
-    ort_binding.start(path, None, None, False)
-    ort_binding.start(path, [(CUDA, {"device_id": "1"}), "CPUExecutionProvider"], 2, True)
+    ort_providers.start(path, None, None, False)
+    ort_providers.start(path, [(CUDA, {"device_id": "1"}), "CPUExecutionProvider"], 2, True)
     assert [providers for providers, _ in asked] == [[CUDA, "CPUExecutionProvider"], [(CUDA, {"device_id": "1"})]]
     key = "session.disable_cpu_ep_fallback"
     assert asked[1][1].get_session_config_entry(key) == "1" and asked[1][1].intra_op_num_threads == 2
@@ -179,9 +179,9 @@ def test_what_is_asked_of_onnxruntime(files, build):
 
 @pytest.mark.parametrize("provider", [CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"])
 def test_the_device_of_a_provider(provider):
-    assert ort_binding.device_of(Started([provider, "CPUExecutionProvider"])) == Device("cuda", 0)
-    assert ort_binding.device_of(Started([provider], {provider: {"device_id": "3"}})) == Device("cuda", 3)
-    assert ort_binding.device_of(Started(["CPUExecutionProvider"])) == Device("cpu", 0)
+    assert ort_providers.device_of(Started([provider, "CPUExecutionProvider"])) == Device("cuda", 0)
+    assert ort_providers.device_of(Started([provider], {provider: {"device_id": "3"}})) == Device("cuda", 3)
+    assert ort_providers.device_of(Started(["CPUExecutionProvider"])) == Device("cpu", 0)
 
 
 @pytest.mark.gpu

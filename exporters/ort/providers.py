@@ -1,20 +1,20 @@
-"""Starting a session on the providers that were asked for, and running it with its inputs bound to the device.
+"""Starting a session on the providers that were asked for.
 
 onnxruntime falls back to the CPU in three quiet ways: a provider that is not in the build, one whose libraries do not
 load, and nodes without a kernel. The first two are errors here (a warning where no provider was asked for); the third
-is one with `strict`. Active adapters (`RunOptions.add_active_adapter`) do not apply to bound runs, so adapter tensors
-are bound as the inputs they are.
+is one with `strict`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...rewriter.errors import SessionError, listing
 from ..adapterfiles.ort_values import CPU, Device
+from ..onnx.ort_graph import options
 from ..onnx.widen import has_bfloat16
 
 _CPU = "CPUExecutionProvider"
@@ -44,11 +44,9 @@ def start(path: Path, providers: Sequence[Provider] | None, threads: int | None,
     if isinstance(providers, str) or any(not isinstance(_name(one), str) for one in chosen):
         raise SessionError(f"providers={providers!r}: give a list of names, or of (name, options)")
     _check_available(chosen, available, asked=providers is not None)
-    options = onnxruntime.SessionOptions()
-    # Severity 2 remarks on every overridable initializer, which is the point of these graphs.
-    options.log_severity_level = 3
+    set_up = options()
     if threads is not None:
-        options.intra_op_num_threads = threads
+        set_up.intra_op_num_threads = threads
     if strict:
         # onnxruntime adds the CPU provider by itself; named and forbidden at once it refuses to start.
         chosen = [entry for entry in chosen if _name(entry) != _CPU]
@@ -57,12 +55,12 @@ def start(path: Path, providers: Sequence[Provider] | None, threads: int | None,
                 f"strict=True forbids the CPU, and no other provider is chosen; this onnxruntime has "
                 f"{listing(available)}. {_how('CUDAExecutionProvider')}"
             )
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        set_up.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     elif providers is None:
         chosen = [*chosen, _CPU]
     try:
         # onnxruntime's own fallback prints a banner and goes on on the CPU: never what was asked for.
-        session = onnxruntime.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+        session = onnxruntime.InferenceSession(str(path), set_up, providers=chosen, enable_fallback=0)
         lost = [_name(entry) for entry in chosen if _name(entry) not in session.get_providers()]
         reason = f"onnxruntime would run on {listing(session.get_providers())}"
     except Exception as error:  # onnxruntime's classes share no base
@@ -109,7 +107,7 @@ def _narrow(path: Path, chosen: Sequence[Provider]) -> str:
 
 
 def _name(entry: Provider) -> str:
-    return entry[0] if isinstance(entry, (tuple, list)) and entry else entry  # type: ignore[return-value]
+    return entry if isinstance(entry, str) else entry[0] if isinstance(entry, (tuple, list)) and entry else entry
 
 
 def device_of(session: Any) -> Device:
@@ -118,24 +116,3 @@ def device_of(session: Any) -> Device:
     if not first.startswith(_ON_GPU):
         return CPU
     return Device("cuda", int(session.get_provider_options()[first].get("device_id", 0)))
-
-
-def run_bound(
-    session: Any, values: Mapping[str, Any], wanted: Sequence[str], kept: Sequence[str] = (), device: Device = CPU
-) -> list[Any]:
-    """One run with every input bound; values are OrtValues, those on another device are copied over by onnxruntime.
-
-    The binding is made for this run alone, so that runs may go side by side. Outputs `wanted` are on the CPU, those
-    `kept`, which follow them, on the device.
-    """
-    binding = session.io_binding()
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-    for name in wanted:
-        binding.bind_output(name)
-    for name in kept:
-        binding.bind_output(name, device.type, device.index)
-    binding.synchronize_inputs()
-    session.run_with_iobinding(binding)
-    binding.synchronize_outputs()
-    return list(binding.get_outputs())
