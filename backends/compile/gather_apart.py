@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...passes.graph.products import value
 from ...passes.methods.unilora.unilora import all_factors, gather, scale_vector
-from ...rewriter.analysis.effects import register_effect
+from ...rewriter.dialect import reads
 from ...rewriter.program import Pass, PassResult, Program, replace_meta
 from ...rewriter.sites import NoMatch
 
@@ -63,12 +63,10 @@ class _GatherApart(torch.autograd.Function):
         return total, *(None for _ in grads)
 
 
+@reads(fresh=True)
 def gathered_factors(theta: Tensor, counts: Tensor, indices: list[Tensor]) -> tuple[Tensor, ...]:
     """`all_factors`: theta and counts `(d,)`, indices int32 of any shapes -> the factors, in the indices' shapes."""
     return _GatherApart.apply(scale_vector(theta, counts), *indices)  # type: ignore[return-value, no-untyped-call]
-
-
-register_effect(gathered_factors, fresh=True)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ...passes.graph.products import rows, value
-from ...rewriter.analysis.effects import register_effect
+from ...rewriter.dialect import reads
 from .gates import Form, Sizes
 
 Arguments = tuple[Any, ...]
@@ -70,4 +70,4 @@ shared: dict[Callable[..., Any], Callable[..., Any]] = {}
 def register_shared(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
     """Say what takes the place of a function that `Share` puts into a graph; same arguments, same results."""
     shared[function] = replacement
-    register_effect(replacement, fresh=True)
+    reads(fresh=True)(replacement)

@@ -19,14 +19,12 @@ import torch
 from torch import Tensor, fx
 from torch.amp.autocast_mode import _enter_autocast
 
-from ...rewriter.analysis.effects import register_effect
 from ...rewriter.analysis.memory import Memory
-from ...rewriter.dialect import cast, is_dialect
-from ...rewriter.halves import Halves, split
+from ...rewriter.dialect import Halves, cast, is_dialect, reads
 from ...rewriter.program import Pass, PassResult, Program, replace_meta
 from ...rewriter.sites import NoMatch
 from .cost import accumulate_pays
-from .products import Product, autocast, one_product, rows, summed, value
+from .products import Product, autocast, one_product, rows, split, summed, value
 from .siblings import HALVES, go_down
 
 _library = torch.library.Library("fxgraft_kernels", "FRAGMENT")
@@ -76,6 +74,7 @@ class _Onto(torch.autograd.Function):
         )
 
 
+@reads(fresh=True)
 def onto(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, across: Tensor, transposed: bool) -> Tensor:
     """`x W^T + bias + z across^T`: x `(..., in)`; weight `(out, in)`, or `(in, out)` if transposed; z `(..., q)`;
     across `(out, q)` -> `(..., out)`."""
@@ -160,12 +159,9 @@ class Accumulate(Pass):
         return None
 
 
+@reads(fresh=True)
 def _down_alone(x: Tensor, factor: Tensor) -> Tensor:
     return go_down(x, [factor])[0]
-
-
-for _function in (onto, _down_alone):
-    register_effect(_function, fresh=True)
 
 
 def _up_half(delta: fx.Node) -> tuple[Halves, fx.Node, tuple[Any, ...]] | None:

@@ -16,16 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.analysis.effects import register_effect
 from ...rewriter.analysis.memory import Memory
-from ...rewriter.dialect import is_dialect
-from ...rewriter.halves import split
+from ...rewriter.dialect import is_dialect, reads
 from ...rewriter.program import Pass, PassResult, Program, replace_meta
 from ...rewriter.sites import NoMatch
 from .cost import inline_merge_pays
-from .products import Product, least_dimension, one_product, rows, summed, value
+from .products import Product, least_dimension, one_product, rows, split, summed, value
 
 
+@reads(fresh=True)
 def merged_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, across: Tensor, transposed: bool
 ) -> Tensor:
@@ -34,9 +33,6 @@ def merged_linear(
     if transposed:
         weight, down, across = weight.t(), down, across
     return F.linear(x, torch.addmm(weight, across.to(weight.dtype), down.to(weight.dtype)), bias)
-
-
-register_effect(merged_linear, fresh=True)
 
 
 @dataclass(frozen=True)

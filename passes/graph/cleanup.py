@@ -20,7 +20,7 @@ from torch import fx
 
 from ...rewriter.analysis.effects import value
 from ...rewriter.analysis.memory import Memory, erase_unread
-from ...rewriter.halves import is_pure
+from ...rewriter.dialect import traits_of
 from ...rewriter.program import Pass, PassResult, Program, replace_meta
 
 _DROPOUTS = {F.dropout, torch.dropout, torch.ops.aten.dropout.default}
@@ -71,7 +71,7 @@ def _drop_duplicates(graph: fx.Graph, memory: Memory) -> int:
     for node in list(graph.nodes):
         if node.op == "get_attr":
             key: object = ("get_attr", node.target)
-        elif node.op == "call_function" and is_pure(node.target) and not node.kwargs:
+        elif node.op == "call_function" and traits_of(node.target).factor and not node.kwargs:
             key = (node.target, node.args)
         else:
             continue

@@ -22,13 +22,12 @@ from torch import Tensor, fx, nn
 
 from ...rewriter.analysis.effects import attribute, effect, value
 from ...rewriter.analysis.memory import Memory, erase_unread
-from ...rewriter.dialect import is_dialect, weight_form
-from ...rewriter.halves import split
+from ...rewriter.dialect import is_dialect, traits_of
 from ...rewriter.program import Pass, PassResult, Program, replace_meta
 from ...rewriter.sites import NoMatch
 from ...rewriter.targets import matches
 from ..methods.lora import lora
-from .products import one_product, summed
+from .products import one_product, split, summed
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,10 @@ class Fold(Pass):
         for node in list(program.graph.nodes):
             if not is_dialect(node.target):
                 continue
-            result = self._weight(program, memory, node, values) if node.target in weight_form else None
-            if result is None:
+            if traits_of(node.target).weight_form is None:
                 result = self._factors(program, node, values)
+            else:
+                result = self._weight(program, memory, node, values)
             if isinstance(result, NoMatch):
                 no_matches.append(result)
             else:
@@ -62,7 +62,7 @@ class Fold(Pass):
             drop_unused(program.graph_module)
         return PassResult(program, count > 0, count, tuple(no_matches))
 
-    def _factors(self, program: Program, node: fx.Node, values: Constants) -> NoMatch | bool:
+    def _factors(self, program: Program, node: fx.Node, values: Constants) -> NoMatch | None:
         parts = split(node)
         if isinstance(parts, NoMatch):
             return parts
@@ -78,16 +78,18 @@ class Fold(Pass):
             known = _widened(known, value(x))
             A, B = halves.down(*known), halves.across(*known)
         self._replace(program, node, lora, x, (A, B), 1.0)
-        return True
+        return None
 
-    def _weight(self, program: Program, memory: Memory, node: fx.Node, values: Constants) -> NoMatch | bool | None:
+    def _weight(self, program: Program, memory: Memory, node: fx.Node, values: Constants) -> NoMatch | None:
+        weight_form = traits_of(node.target).weight_form
+        assert weight_form is not None
         known = values.all(node.args[2:], node)  # behind x and the base's product
         if isinstance(known, NoMatch):
             return known
         x: Any = node.args[0]
         base = None
         with by_itself():
-            weight, bias = weight_form[node.target](*_widened(known, value(x)))  # type: ignore[index]
+            weight, bias = weight_form(*_widened(known, value(x)))
         given, result = value(x), value(node)
         if weight.dtype.itemsize < 4 or any(t is not None and t.dtype != weight.dtype for t in (given, result)):
             return NoMatch(f"a {weight.dtype} weight, or a product in less, would round the delta away", node.name)
@@ -102,7 +104,7 @@ class Fold(Pass):
                     weight = weight + (total[0].t() if product.transposed else total[0])
                     bias = bias if total[1] is None else total[1] if bias is None else bias + total[1]
         self._replace(program, base or node, F.linear, x, (weight, bias))
-        return True
+        return None
 
     def _replace(
         self, program: Program, node: fx.Node, target: Any, x: Any, tensors: tuple[Tensor | None, ...], *rest: Any

@@ -1,4 +1,4 @@
-"""The base's product in a whole graph, in any of its spellings, and the sum of it with a delta."""
+"""The base's product in a whole graph, in any of its spellings, a delta's halves, and the sum of both."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import fx
 
 from ...rewriter.analysis.effects import value
 from ...rewriter.analysis.memory import Memory
+from ...rewriter.dialect import Halves, traits_of
 from ...rewriter.emitter import add_delta
 from ...rewriter.sites import NoMatch
 
@@ -48,6 +49,19 @@ def product(node: object) -> Product | NoMatch:
         bias, x, weight = arguments
         return Product(node, x, weight, bias, transposed=True)
     return NoMatch(f"{node.target} is no linear product", node.name)
+
+
+def split(node: fx.Node) -> tuple[Halves, fx.Node, tuple[Any, ...]] | NoMatch:
+    """The halves of a dialect node, its input and its other arguments."""
+    halves = traits_of(node.target).halves
+    if halves is None:
+        return NoMatch(f"{node.target} is no low-rank operator", node.name)
+    if node.kwargs:
+        return NoMatch(f"{node.name} has keyword arguments", node.name)
+    x: Any = node.args[0]
+    if any(value is not x for value in node.args[: halves.inputs]):
+        return NoMatch(f"{node.name} reads more than one input (dropout is on)", node.name)
+    return halves, x, node.args[halves.inputs :]
 
 
 def summed(node: fx.Node) -> tuple[Product, fx.Node] | NoMatch:

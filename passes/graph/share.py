@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from ...rewriter.analysis.memory import Memory, together
-from ...rewriter.dialect import common, is_dialect
+from ...rewriter.dialect import Common, is_dialect, traits_of
 from ...rewriter.program import Pass, PassResult, Program, replace_meta
 from ...rewriter.sites import NoMatch
 from .siblings import bring, late
@@ -30,18 +30,18 @@ class Share(Pass):
     """See the module's A -> B lines. Works in place."""
 
     def run(self, program: Program) -> PassResult:
-        groups: dict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
+        groups: dict[tuple[Common, tuple[Any, ...]], list[fx.Node]] = defaultdict(list)
         no_matches = []
         for node in program.graph.nodes:
             if not is_dialect(node.target):
                 continue
-            how = common.get(node.target)
+            how = traits_of(node.target).common
             if how is None:
                 no_matches.append(NoMatch(f"{node.target} has nothing to share between nodes", node.name))
             elif node.kwargs:
                 no_matches.append(NoMatch("keyword arguments", node.name))
             else:
-                groups[tuple(node.args[1 : 1 + how.shared]) + (node.target,)].append(node)
+                groups[how, node.args[1 : 1 + how.shared]].append(node)
         count, memory = 0, Memory(program.graph)
 
         def apart(run: list[fx.Node], node: fx.Node) -> NoMatch | None:
@@ -49,19 +49,19 @@ class Share(Pass):
             no_matches.extend([reason] if reason else [])
             return reason
 
-        runs = [(shared, target, run) for (*shared, target), group in groups.items() for run in together(group, apart)]
-        for shared, target, nodes in runs:
+        runs = [(how, shared, run) for (how, shared), group in groups.items() for run in together(group, apart)]
+        for how, shared, nodes in runs:
             if memory.transformed(nodes[0]):
                 no_matches.append(NoMatch("its function has no rule for vmap", nodes[0].name))
                 continue
             if len(nodes) == 1:
                 no_matches.append(NoMatch("no other node reads the same tensors", nodes[0].name))
                 continue
-            self._share(program.graph, common[target], shared, nodes)
+            self._share(program.graph, how, shared, nodes)
             count += len(nodes)
         return PassResult(program, count > 0, count, tuple(no_matches))
 
-    def _share(self, graph: fx.Graph, how: Any, shared: list[Any], nodes: list[fx.Node]) -> None:
+    def _share(self, graph: fx.Graph, how: Common, shared: tuple[Any, ...], nodes: list[fx.Node]) -> None:
         own = [node.args[1 + how.shared :] for node in nodes]
         arguments = [argument for arguments in own for argument in arguments]
         at = nodes[0]

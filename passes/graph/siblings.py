@@ -19,23 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...rewriter.analysis.dataflow import can_fuse, dependencies, siblings
-from ...rewriter.analysis.effects import register_effect
 from ...rewriter.analysis.memory import Memory, together
-from ...rewriter.dialect import cast, is_dialect
-from ...rewriter.halves import split
+from ...rewriter.dialect import cast, is_dialect, reads
 from ...rewriter.program import Pass, PassResult, Program, replace_meta
 from ...rewriter.sites import NoMatch
 from .cost import joined_down_pays
-from .products import coarse, least_dimension, rows, value
+from .products import coarse, least_dimension, rows, split, value
 
 
+@reads(fresh=True)
 def go_down(x: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
     """`x F^T` for every factor `(q, in)`, as one product: x `(..., in)` -> `(..., q)` each."""
     joined = F.linear(x, cast(torch.cat(factors), x))
     return joined.split([factor.shape[0] for factor in factors], -1)
-
-
-register_effect(go_down, fresh=True)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.dialect import cast, operator
+from ...rewriter.dialect import Halves, Traits, cast, operator
 from ...rewriter.emitter import Emitter
-from ...rewriter.halves import register_halves
 from ...rewriter.method import (
     Decl,
     Declaration,
@@ -26,14 +25,6 @@ from ...rewriter.method import (
     check_rank,
 )
 from ...rewriter.sites import Site
-
-
-@operator("lora(Tensor x, Tensor A, Tensor B, float scale) -> Tensor")
-def lora(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`scale * x A^T B^T`: x `(..., in)`, A `(r, in)`, B `(out, r)` -> `(..., out)` in x's dtype."""
-    z = F.linear(x, cast(A, x)) * scale  # scaled where it is smallest: z is (..., r)
-    return expand(z, cast(B, x))
-
 
 _MANY = 128  # rows from which a transposed copy of B pays
 
@@ -66,7 +57,14 @@ def lora_up(z: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return expand(z * scale, cast(B, z))
 
 
-register_halves(lora, lora_down, across=lora_across, up=lora_up)
+@operator(
+    "lora(Tensor x, Tensor A, Tensor B, float scale) -> Tensor",
+    Traits(Halves(lora_down, lora_up, lora_across)),
+)
+def lora(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`scale * x A^T B^T`: x `(..., in)`, A `(r, in)`, B `(out, r)` -> `(..., out)` in x's dtype."""
+    z = F.linear(x, cast(A, x)) * scale  # scaled where it is smallest: z is (..., r)
+    return expand(z, cast(B, x))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.dialect import cast, operator
+from ...rewriter.dialect import Halves, Traits, cast, operator
 from ...rewriter.emitter import Emitter
 from ...rewriter.errors import SpecError
-from ...rewriter.halves import register_halves
 from ...rewriter.method import (
     Decl,
     Declaration,
@@ -31,18 +30,6 @@ from ...rewriter.method import (
 from ...rewriter.sites import Site
 
 R_STD = 1e-5  # section 3: small, so that training starts at the base model, and not zero
-
-
-@operator("lora_xs(Tensor x, Tensor A, Tensor B, Tensor R, float scale) -> Tensor")
-def lora_xs(x: Tensor, A: Tensor, B: Tensor, R: Tensor, scale: float) -> Tensor:
-    """`scale * x A^T R^T B^T`: x `(..., in)`, A `(r, in)`, B `(out, r)`, R `(r, r)` -> `(..., out)` in x's dtype.
-
-    Where A and B do not require grad, autograd keeps `x A^T` for the gradient of R and nothing as wide as x.
-    """
-    if scale != 1:
-        R = R * scale  # the smallest place to scale
-    z = F.linear(F.linear(x, cast(A, x)), cast(R, x))
-    return F.linear(z, cast(B, x))
 
 
 def latent_down(A: Tensor, B: Tensor, R: Tensor, scale: float) -> Tensor:
@@ -60,7 +47,19 @@ def latent_up(z: Tensor, A: Tensor, B: Tensor, R: Tensor, scale: float) -> Tenso
     return F.linear(F.linear(z, cast(R if scale == 1 else R * scale, z)), cast(B, z))
 
 
-register_halves(lora_xs, latent_down, across=latent_across, up=latent_up)
+@operator(
+    "lora_xs(Tensor x, Tensor A, Tensor B, Tensor R, float scale) -> Tensor",
+    Traits(Halves(latent_down, latent_up, latent_across)),
+)
+def lora_xs(x: Tensor, A: Tensor, B: Tensor, R: Tensor, scale: float) -> Tensor:
+    """`scale * x A^T R^T B^T`: x `(..., in)`, A `(r, in)`, B `(out, r)`, R `(r, r)` -> `(..., out)` in x's dtype.
+
+    Where A and B do not require grad, autograd keeps `x A^T` for the gradient of R and nothing as wide as x.
+    """
+    if scale != 1:
+        R = R * scale  # the smallest place to scale
+    z = F.linear(F.linear(x, cast(A, x)), cast(R, x))
+    return F.linear(z, cast(B, x))
 
 
 def declare_latent(config: Method, rank: int, sites: Sequence[Site]) -> Declaration:

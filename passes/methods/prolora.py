@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.dialect import operator
+from ...rewriter.dialect import Halves, Traits, operator, product_with
 from ...rewriter.emitter import Emitter
 from ...rewriter.errors import SpecError
-from ...rewriter.halves import register_halves
 from ...rewriter.method import (
     Decl,
     Declaration,
@@ -87,9 +86,34 @@ def _chunked_b(z: Tensor, chunk: Tensor, rows: Tensor, length: int) -> Tensor:
     return F.linear(rotated, chunk).flatten(-2).narrow(-1, 0, length)
 
 
+def expanded_down(
+    A_shared: Tensor | None, A_unshared: Tensor | None, B_shared: Tensor | None, B_unshared: Tensor | None,
+    rows_a: Tensor | None, rows_b: Tensor | None, in_features: int, out_features: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """`A (r, in)`, shared ranks first."""
+    if A_shared is None or rows_a is None:
+        assert A_unshared is not None, "rank 0"
+        return A_unshared
+    A = expand(A_shared, rows_a, in_features)
+    return A if A_unshared is None else torch.cat([A, A_unshared])
+
+
+def expanded_across(
+    A_shared: Tensor | None, A_unshared: Tensor | None, B_shared: Tensor | None, B_unshared: Tensor | None,
+    rows_a: Tensor | None, rows_b: Tensor | None, in_features: int, out_features: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """`scale * B (out, r)`, a view of the transposed expansion."""
+    if B_shared is None or rows_b is None:
+        assert B_unshared is not None, "rank 0"
+        return B_unshared * scale
+    B = expand(B_shared.t(), rows_b, out_features)
+    return ((B if B_unshared is None else torch.cat([B, B_unshared.t()])) * scale).t()
+
+
 @operator(
     "prolora(Tensor x, Tensor? A_shared, Tensor? A_unshared, Tensor? B_shared, Tensor? B_unshared, "
-    "Tensor? rows_a, Tensor? rows_b, int in_features, int out_features, float scale) -> Tensor"
+    "Tensor? rows_a, Tensor? rows_b, int in_features, int out_features, float scale) -> Tensor",
+    Traits(Halves(expanded_down, product_with(expanded_across), expanded_across)),
 )
 def prolora(
     x: Tensor, A_shared: Tensor | None, A_unshared: Tensor | None, B_shared: Tensor | None, B_unshared: Tensor | None,
@@ -122,33 +146,6 @@ def prolora(
     B = expand(B0.t(), rows_b, out_features)
     # B lies (r, out) here: the gradient of the transposed layout is the slowest product of a step on CPU
     return torch.matmul(z, B if Bu is None else torch.cat([B, Bu.t()]))
-
-
-def expanded_down(
-    A_shared: Tensor | None, A_unshared: Tensor | None, B_shared: Tensor | None, B_unshared: Tensor | None,
-    rows_a: Tensor | None, rows_b: Tensor | None, in_features: int, out_features: int, scale: float,
-) -> Tensor:  # fmt: skip
-    """`A (r, in)`, shared ranks first."""
-    if A_shared is None or rows_a is None:
-        assert A_unshared is not None, "rank 0"
-        return A_unshared
-    A = expand(A_shared, rows_a, in_features)
-    return A if A_unshared is None else torch.cat([A, A_unshared])
-
-
-def expanded_across(
-    A_shared: Tensor | None, A_unshared: Tensor | None, B_shared: Tensor | None, B_unshared: Tensor | None,
-    rows_a: Tensor | None, rows_b: Tensor | None, in_features: int, out_features: int, scale: float,
-) -> Tensor:  # fmt: skip
-    """`scale * B (out, r)`, a view of the transposed expansion."""
-    if B_shared is None or rows_b is None:
-        assert B_unshared is not None, "rank 0"
-        return B_unshared * scale
-    B = expand(B_shared.t(), rows_b, out_features)
-    return ((B if B_unshared is None else torch.cat([B, B_unshared.t()])) * scale).t()
-
-
-register_halves(prolora, expanded_down, across=expanded_across)
 
 
 @dataclass(frozen=True)

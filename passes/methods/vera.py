@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.dialect import cast, operator
+from ...rewriter.dialect import Halves, Traits, cast, operator
 from ...rewriter.emitter import Emitter
 from ...rewriter.errors import SpecError
-from ...rewriter.halves import register_halves
 from ...rewriter.method import (
     Decl,
     Declaration,
@@ -33,18 +32,6 @@ from ...rewriter.method import (
 from ...rewriter.sites import Site
 
 PROJECTIONS = ("drawn", "stored")
-
-
-@operator("vera(Tensor x, Tensor A, Tensor B, Tensor d, Tensor b, int columns) -> Tensor")
-def vera(x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, columns: int) -> Tensor:
-    """`b * (B (d * (A x)))` with A and B cut to the layer.
-
-    x `(..., in)`; A `(r, at least in)`; B `(at least out, r)`; d `(r,)`; b `(out,)`; columns: in -> `(..., out)` in x's
-    dtype.
-    """
-    if A.device != x.device:  # a model spread over devices: the projection lives on the first
-        A, B = A.to(x.device), B.to(x.device)
-    return vera_up(F.linear(x, cast(vera_down(A, B, d, b, columns), x)), A, B, d, b, columns)
 
 
 def vera_down(A: Tensor, B: Tensor, d: Tensor, b: Tensor, columns: int) -> Tensor:
@@ -67,7 +54,19 @@ def scaled(B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     return b[:, None] * B * d
 
 
-register_halves(vera, vera_down, across=vera_across, up=vera_up)
+@operator(
+    "vera(Tensor x, Tensor A, Tensor B, Tensor d, Tensor b, int columns) -> Tensor",
+    Traits(Halves(vera_down, vera_up, vera_across)),
+)
+def vera(x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, columns: int) -> Tensor:
+    """`b * (B (d * (A x)))` with A and B cut to the layer.
+
+    x `(..., in)`; A `(r, at least in)`; B `(at least out, r)`; d `(r,)`; b `(out,)`; columns: in -> `(..., out)` in x's
+    dtype.
+    """
+    if A.device != x.device:  # a model spread over devices: the projection lives on the first
+        A, B = A.to(x.device), B.to(x.device)
+    return vera_up(F.linear(x, cast(vera_down(A, B, d, b, columns), x)), A, B, d, b, columns)
 
 
 def draw(rank: int, columns: int, rows: int, seed: int) -> tuple[Tensor, Tensor]:

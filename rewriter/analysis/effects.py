@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, fx
 from torch._functorch import predispatch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
-from ..dialect import is_dialect
+from ..dialect import traits_of
 
 
 @dataclass(frozen=True)
@@ -37,19 +36,6 @@ class Effect:
     shares: tuple[fx.Node, ...] = ()
     pure: bool = False
     fixed: bool = False
-
-
-_known: dict[Any, tuple[bool, bool]] = {}
-
-
-def register_effect(function: Callable[..., Any], *, fresh: bool = False, pure: bool = True) -> None:
-    """Say that a function of ours only reads.
-
-    Args:
-        fresh: its result never lies in the memory of what it is given.
-        pure: the same arguments give the same result; False where it draws random numbers.
-    """
-    _known[function] = (fresh, pure)
 
 
 # -- what is known of torch ------------------------------------------------------------------------------------------
@@ -195,9 +181,7 @@ def effect(node: fx.Node) -> Effect:
         return unknown
     if node.op != "call_function":
         return unknown
-    if is_dialect(target):
-        return Effect(pure=True)
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch._ops.OpOverload) and not traits_of(target).fresh:
         name = target._schema.name.split("::")[1]
         nothing = not target._schema.returns and not target._schema.is_mutable and target.namespace != "aten"
         return unknown if name in _UNKNOWN or nothing else _by_schema(node, (target,))
@@ -213,9 +197,9 @@ def effect(node: fx.Node) -> Effect:
 
 
 def _of_function(node: fx.Node, target: Any, inputs: tuple[fx.Node, ...]) -> Effect:
-    if target in _known:
-        fresh, pure = _known[target]
-        return Effect(shares=() if fresh else inputs, pure=pure)
+    declared = traits_of(target)
+    if declared.fresh or declared.factor:
+        return Effect(shares=() if declared.fresh else inputs, pure=True)
     if target in _WRITERS:
         first = tuple(_nodes(node.args[:1]))
         return Effect(first, first)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ....rewriter.dialect import operator, weight_form
+from ....rewriter.dialect import Traits, operator
 from ....rewriter.emitter import PROVENANCE, Emitter
 from ....rewriter.errors import MergeError, SpecError
 from ....rewriter.method import Decl, Declaration, InitContext, Method, Tensors, check_positive_int, check_rank
@@ -105,9 +105,28 @@ def _shift(
     return sum(terms[1:], terms[0]) if terms else None
 
 
+def glora_weight(
+    weight: Tensor, bias: Tensor | None, Ad: Tensor | None, Au: Tensor | None, Bd: Tensor | None, Bu: Tensor | None,
+    Cd: Tensor | None, Cu: Tensor | None, D: Tensor | None, E: Tensor | None, keep: bool, biased: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The weight `(out, in)` and bias `(out,)` that `glora` multiplies x by, in the base's dtype."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype, weight = weight.dtype, weight.to(wide)
+    result = weight if keep else torch.zeros_like(weight)
+    if Ad is not None:
+        result = result + weight * (Ad if Au is None else Ad @ Au)
+    if Bd is not None:
+        result = result + (Bd if Bu is None else Bd @ Bu)
+    shift = _shift(weight, None if bias is None else bias.to(wide), Cd, Cu, D, E)
+    if keep and biased and bias is not None:
+        shift = bias.to(wide) if shift is None else bias + shift
+    return result.to(dtype), None if shift is None else shift.expand(weight.shape[0]).to(dtype)
+
+
 @operator(
     "glora(Tensor x, Tensor? y, Tensor weight, Tensor? bias, Tensor? Ad, Tensor? Au, Tensor? Bd, Tensor? Bu, "
-    "Tensor? Cd, Tensor? Cu, Tensor? D, Tensor? E, bool keep, bool biased) -> Tensor"
+    "Tensor? Cd, Tensor? Cu, Tensor? D, Tensor? E, bool keep, bool biased) -> Tensor",
+    Traits(weight_form=glora_weight),
 )
 def glora(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, Ad: Tensor | None, Au: Tensor | None,
           Bd: Tensor | None, Bu: Tensor | None, Cd: Tensor | None, Cu: Tensor | None, D: Tensor | None,
@@ -148,27 +167,6 @@ def glora(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, Ad: 
     if delta is None:
         delta = x.new_zeros(1)
     return delta.expand(*x.shape[:-1], out_features)
-
-
-def glora_weight(
-    weight: Tensor, bias: Tensor | None, Ad: Tensor | None, Au: Tensor | None, Bd: Tensor | None, Bu: Tensor | None,
-    Cd: Tensor | None, Cu: Tensor | None, D: Tensor | None, E: Tensor | None, keep: bool, biased: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The weight `(out, in)` and bias `(out,)` that `glora` multiplies x by, in the base's dtype."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    dtype, weight = weight.dtype, weight.to(wide)
-    result = weight if keep else torch.zeros_like(weight)
-    if Ad is not None:
-        result = result + weight * (Ad if Au is None else Ad @ Au)
-    if Bd is not None:
-        result = result + (Bd if Bu is None else Bd @ Bu)
-    shift = _shift(weight, None if bias is None else bias.to(wide), Cd, Cu, D, E)
-    if keep and biased and bias is not None:
-        shift = bias.to(wide) if shift is None else bias + shift
-    return result.to(dtype), None if shift is None else shift.expand(weight.shape[0]).to(dtype)
-
-
-weight_form[glora] = glora_weight
 
 
 @operator(

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ....rewriter.dialect import cast, operator
+from ....rewriter.dialect import Halves, Traits, cast, operator
 from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
-from ....rewriter.halves import register_halves
 from ....rewriter.method import (
     Decl,
     Declaration,
@@ -37,20 +36,6 @@ _INPUT_DEPENDENT = (
     "compile or export the adapted model as it is (ONNX adapters='swappable' keeps its tensors exchangeable); for an "
     "adapter that merges, train LoRA or PRoLoRA"
 )
-
-
-@operator("hydralora(Tensor x, Tensor dropped, Tensor A, Tensor router, Tensor B, float scale) -> Tensor")
-def hydralora(x: Tensor, dropped: Tensor, A: Tensor, router: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`scale * sum_i softmax(x router^T)_i * (dropped A^T) B_i`.
-
-    x `(..., in)`; dropped: x after dropout, `(..., in)`, or `(N, ..., in)` with a mask for each expert; A `(r, in)`;
-    router `(N, in)`; B `(N * r, out)`, rows `i * r` to `(i + 1) * r` are expert i -> `(..., out)` in x's dtype. The
-    softmax is float32 (float64 for float64 inputs).
-    """
-    if dropped is x:  # no dropout, or not training: one product reads x once for A and the router
-        return routed_up(F.linear(x, routed_down(A, router, B, scale).to(x.dtype)), A, router, B, scale)
-    z, logits = F.linear(dropped, cast(A, x)), F.linear(x, cast(router, x))
-    return _combine(z.unsqueeze(-2) if dropped.dim() == x.dim() else z.movedim(0, -2), logits, B, scale)
 
 
 def _combine(z: Tensor, logits: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -72,7 +57,21 @@ def routed_up(z: Tensor, A: Tensor, router: Tensor, B: Tensor, scale: float) -> 
     return _combine(z.unsqueeze(-2), logits, B, scale)
 
 
-register_halves(hydralora, routed_down, up=routed_up, inputs=2)
+@operator(
+    "hydralora(Tensor x, Tensor dropped, Tensor A, Tensor router, Tensor B, float scale) -> Tensor",
+    Traits(Halves(routed_down, routed_up, inputs=2)),
+)
+def hydralora(x: Tensor, dropped: Tensor, A: Tensor, router: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`scale * sum_i softmax(x router^T)_i * (dropped A^T) B_i`.
+
+    x `(..., in)`; dropped: x after dropout, `(..., in)`, or `(N, ..., in)` with a mask for each expert; A `(r, in)`;
+    router `(N, in)`; B `(N * r, out)`, rows `i * r` to `(i + 1) * r` are expert i -> `(..., out)` in x's dtype. The
+    softmax is float32 (float64 for float64 inputs).
+    """
+    if dropped is x:  # no dropout, or not training: one product reads x once for A and the router
+        return routed_up(F.linear(x, routed_down(A, router, B, scale).to(x.dtype)), A, router, B, scale)
+    z, logits = F.linear(dropped, cast(A, x)), F.linear(x, cast(router, x))
+    return _combine(z.unsqueeze(-2) if dropped.dim() == x.dim() else z.movedim(0, -2), logits, B, scale)
 
 
 def expert_dropout(x: Tensor, p: float, training: bool, experts: int) -> Tensor:

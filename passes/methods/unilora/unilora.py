@@ -17,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ....rewriter.analysis.effects import register_effect
-from ....rewriter.dialect import cast, operator, register_common
+from ....rewriter.dialect import Common, Halves, Traits, cast, operator, product_with
 from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
-from ....rewriter.halves import register_halves
 from ....rewriter.method import (
     Decl,
     Declaration,
@@ -49,28 +47,6 @@ def gather(scaled: Tensor, index: Tensor) -> Tensor:
     return scaled.index_select(0, index.flatten()).view(index.shape)
 
 
-@operator("unilora(Tensor x, Tensor theta, Tensor counts, Tensor index_a, Tensor index_b) -> Tensor")
-def unilora(x: Tensor, theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
-    """`x A^T B^T` with A and B^T gathered from the vector.
-
-    x `(..., in)`; theta `(d,)`; counts `(d,)` uses of each entry over the whole model, at least 1; index_a `(r, in)`
-    and index_b `(r, out)` int32 -> `(..., out)` in x's dtype. B is gathered transposed: on a CPU the gradient of a
-    `(out, r)` factor costs several times that of a `(r, out)` one.
-    """
-    if theta.device != x.device:  # a model spread over devices: the vector lives on the first
-        theta, counts = theta.to(x.device), counts.to(x.device)
-    scaled = scale_vector(theta, counts)
-    A, B = gather(scaled, index_a), gather(scaled, index_b)
-    return F.linear(F.linear(x, cast(A, x)), cast(B, x).t())
-
-
-@operator("unilora_factors(Tensor x, Tensor A, Tensor B) -> Tensor")
-def unilora_factors(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """`x A^T B`: what is left of `unilora` when the factors of all sites are gathered at once; A `(r, in)`, B
-    `(r, out)`."""
-    return F.linear(F.linear(x, cast(A, x)), cast(B, x).t())
-
-
 class _GatherAll(torch.autograd.Function):
     """All factors of all sites; their gradients go back to the vector in one sum, not one per gather."""
 
@@ -93,19 +69,6 @@ def all_factors(theta: Tensor, counts: Tensor, indices: list[Tensor]) -> tuple[T
     return _GatherAll.apply(scale_vector(theta, counts), *indices)  # type: ignore[return-value, no-untyped-call]
 
 
-def _gathered_a(A: Tensor, B: Tensor) -> Tensor:
-    return A
-
-
-def _gathered_b(A: Tensor, B: Tensor) -> Tensor:
-    return B.t()
-
-
-register_halves(unilora_factors, _gathered_a, across=_gathered_b)
-register_common(unilora, 2, all_factors, unilora_factors)
-register_effect(all_factors, fresh=True)
-
-
 def gathered_down(theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
     """`A (r, in)`."""
     return gather(scale_vector(theta, counts).to(index_a.device), index_a)
@@ -116,7 +79,42 @@ def gathered_across(theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Ten
     return gather(scale_vector(theta, counts).to(index_b.device), index_b).t()
 
 
-register_halves(unilora, gathered_down, across=gathered_across)
+def _gathered_a(A: Tensor, B: Tensor) -> Tensor:
+    return A
+
+
+def _gathered_b(A: Tensor, B: Tensor) -> Tensor:
+    return B.t()
+
+
+@operator(
+    "unilora_factors(Tensor x, Tensor A, Tensor B) -> Tensor",
+    Traits(Halves(_gathered_a, product_with(_gathered_b), _gathered_b)),
+)
+def unilora_factors(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """`x A^T B`: what is left of `unilora` when the factors of all sites are gathered at once; A `(r, in)`, B
+    `(r, out)`."""
+    return F.linear(F.linear(x, cast(A, x)), cast(B, x).t())
+
+
+@operator(
+    "unilora(Tensor x, Tensor theta, Tensor counts, Tensor index_a, Tensor index_b) -> Tensor",
+    Traits(
+        Halves(gathered_down, product_with(gathered_across), gathered_across), Common(2, all_factors, unilora_factors)
+    ),
+)
+def unilora(x: Tensor, theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
+    """`x A^T B^T` with A and B^T gathered from the vector.
+
+    x `(..., in)`; theta `(d,)`; counts `(d,)` uses of each entry over the whole model, at least 1; index_a `(r, in)`
+    and index_b `(r, out)` int32 -> `(..., out)` in x's dtype. B is gathered transposed: on a CPU the gradient of a
+    `(out, r)` factor costs several times that of a `(r, out)` one.
+    """
+    if theta.device != x.device:  # a model spread over devices: the vector lives on the first
+        theta, counts = theta.to(x.device), counts.to(x.device)
+    scaled = scale_vector(theta, counts)
+    A, B = gather(scaled, index_a), gather(scaled, index_b)
+    return F.linear(F.linear(x, cast(A, x)), cast(B, x).t())
 
 
 def balanced_indices(total: int, length: int, seed: int) -> np.ndarray:
