@@ -6,7 +6,8 @@ from .backends.aot.package import package
 from .backends.compile.inductor import compile
 from .backends.compile.kernel_preference import KernelPreference
 from .exporters.adapterfiles.export_adapter import export_ort_adapter
-from .exporters.checkpoints.load_save import load_adapter, save_adapter
+from .exporters.checkpoints.load_adapter import load_adapter
+from .exporters.checkpoints.save_adapter import save_adapter
 from .exporters.checkpoints.swap import swap
 from .exporters.checkpoints.tenant_folders import add_tenant, bank
 from .exporters.onnx.export import OnnxExport, export_onnx

@@ -17,7 +17,7 @@ from ...rewriter.tensors import swap as swap_state
 from . import folder_state
 from .fill import check_derived
 from .folder import adapter_folder, read_folder
-from .load_save import load_adapter
+from .load_adapter import load_adapter
 from .native import DERIVED, FORMAT
 
 

@@ -13,7 +13,7 @@ from ...passes.models import bank as banks
 from ...rewriter.spec import Spec
 from ...rewriter.state import M
 from ...rewriter.switch import base_of
-from .load_save import load_adapter
+from .load_adapter import load_adapter
 
 Tenant = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
 

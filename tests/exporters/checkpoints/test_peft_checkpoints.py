@@ -428,7 +428,7 @@ CONFIGS = {
     "arrow": ("lora", {"arrow_config": {"top_k": 2}}, "arrow_config="),
     "loftq": ("lora", {"loftq_config": {"loftq_bits": 4}}, "loftq_config="),
     "an option of tomorrow": ("lora", {"use_new_thing": 3}, "use_new_thing=3"),
-    "another method": ("lora", {"peft_type": "IA3"}, r"peft_type='IA3' is not supported.*'LORA', 'UNILORA', 'GLORA'"),
+    "another method": ("lora", {"peft_type": "IA3"}, r"peft_type='IA3' is not supported.*'GLORA', 'LORA', 'UNILORA'"),
     "rank is text": ("lora", {"r": "4"}, "'r' is '4', expected a int"),
     "rank is too large": ("lora", {"r": 33, "rank_pattern": {}}, "\\(33, 32\\)"),
     "rank of another adapter": ("lora", {"r": 3}, r"lora_A|A' is \(4, 32\), the model's is \(3, 32\)"),

@@ -1,4 +1,9 @@
-"""GLoRA as its authors store it: the tensors of the whole supernet, and the path of each site in the config."""
+"""GLoRA as its authors store it: per site `Ad, Au, Bd, Bu, Cd, Cu, D, E` of the whole supernet under the model's own
+names, and the path of each site in the config.
+
+A path takes its part of the supernet's tensors: the first column for `vector`, the first entry for `constant`, the
+first k ranks for `LoRA_k`. Entries that no path reads are not loaded.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +12,44 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...passes.methods.glora.glora import GLoRA
-from ...passes.methods.glora.path import CHOICES, GLoRAPath
-from ...rewriter.errors import CheckpointError, listing
-from ...rewriter.state import base_modules
-from .foreign_adapter import Foreign, by_site, in_model_order, none_left, only_keys, value
-
-Config = Mapping[str, Any]
-Tensors = Mapping[str, Tensor]
+from ....passes.methods.glora.glora import GLoRA
+from ....passes.methods.glora.path import CHOICES, GLoRAPath
+from ....rewriter.errors import CheckpointError, listing
+from ..foreign.foreign_folder import Config, ForeignAdapter, ForeignFolder, Tensors
+from ..foreign.format import Format
 
 
-def read_glora(config: Config, tensors: Tensors, model: nn.Module, what: str) -> Foreign:
-    """`<site>.Ad, .Au, .Bd, .Bu, .Cd, .Cu, .D, .E` of the supernet, and the path of each site in the config.
+def marks(config: Config, tensors: Tensors) -> bool:
+    return config.get("method") == "glora"
 
-    A path takes its part of the supernet's tensors: the first column for `vector`, the first entry for `constant`, the
-    first k ranks for `LoRA_k`. Entries that no path reads are not loaded.
-    """
-    only_keys(config, {"method", "rank", "paths"}, what)
-    rank, paths = value(config, "rank", int, what), value(config, "paths", dict, what)
-    sites, rest = by_site(tensors, r"(?P<site>.+)\.(?P<name>[ABC][du]|D|E)")
-    none_left(rest, what)
+
+def read(folder: ForeignFolder) -> ForeignAdapter:
+    what = folder.what
+    folder.only_entries({"method", "rank", "paths"})
+    rank, paths = folder.value("rank", int), folder.value("paths", dict)
+    sites, rest = folder.by_site(folder.tensors, r"(?P<site>.+)\.(?P<name>[ABC][du]|D|E)")
+    folder.none_left(rest)
     if without := [site for site in paths if site not in sites]:
         raise CheckpointError(f"{what} lacks the tensors of {len(without)} site(s) with a path: {listing(without)}")
     if without := [site for site in sites if site not in paths]:
         raise CheckpointError(f"{what}: the config has no path for {len(without)} site(s): {listing(without)}")
-    modules = dict(base_modules(model))
     methods, values = {}, {}
-    for site in in_model_order(sites, model):
-        path, ranks = _glora_path(paths[site], rank, f"{what}: path of {site!r}")
-        _check_ranks(ranks, sites[site], f"{what}: {site!r}")
+    for site, given in sites.items():
+        path, ranks = _path(paths[site], rank, f"{what}: path of {site!r}")
+        _check_ranks(ranks, given, f"{what}: {site!r}")
         most = max(ranks.values(), default=rank)
         methods[site] = GLoRA(rank=most, path=path)
-        biased = getattr(modules.get(site), "bias", None) is not None
-        for name, (tensor, choice) in _needed(path, biased).items():
-            if name not in sites[site]:
-                raise CheckpointError(f"{what} lacks 1 tensor(s): {f'{site}.{name}'!r}, which its path needs")
-            values[f"{site}.{name}"] = _part(sites[site][name], name, choice, ranks.get(tensor, 1), most)
-    return Foreign(methods, values)
+        needed = path.shapes(1, 1, 1, folder.has_bias(site))
+        if missing := [f"{site}.{name}" for name in needed if name not in given]:
+            raise folder.lacks(missing)
+        for name in needed:
+            values[f"{site}.{name}"] = _part(given[name], name, getattr(path, name[0]), ranks.get(name[0], 1), most)
+    return ForeignAdapter(methods, values)
 
 
-def _glora_path(given: Any, rank: int, what: str) -> tuple[GLoRAPath, dict[str, int]]:
+def _path(given: Any, rank: int, what: str) -> tuple[GLoRAPath, dict[str, int]]:
     """The path, and the rank of each tensor that is low-rank: the authors write `LoRA_4`."""
     if not isinstance(given, dict) or set(given) != set(CHOICES):
         raise CheckpointError(f"{what}: {given!r} does not say what each of {list(CHOICES)} is")
@@ -74,17 +75,6 @@ def _check_ranks(ranks: Mapping[str, int], given: Tensors, what: str) -> None:
                 raise CheckpointError(f"{what}: LoRA_{rank} of {name}, which is {tuple(given[name].shape)}")
 
 
-def _needed(path: GLoRAPath, biased: bool) -> dict[str, tuple[str, str]]:
-    """Tensor name -> (support tensor, choice) for what a path reads."""
-    names: dict[str, tuple[str, str]] = {}
-    for tensor in CHOICES:
-        choice = getattr(path, tensor)
-        stored = (tensor,) if tensor in "DE" else (f"{tensor}d", f"{tensor}u") if choice == "lora" else (f"{tensor}d",)
-        if choice != "none" and (tensor != "D" or biased):
-            names |= dict.fromkeys(stored, (tensor, choice))
-    return names
-
-
 def _part(tensor: Tensor, name: str, choice: str, rank: int, most: int) -> Tensor:
     """What a choice reads of a supernet tensor, ranks above its own filled up with zeros."""
     if name in ("D", "E"):
@@ -97,3 +87,6 @@ def _part(tensor: Tensor, name: str, choice: str, rank: int, most: int) -> Tenso
     if name.endswith("d"):
         return torch.cat([tensor[:, :rank], tensor.new_zeros(tensor.shape[0], pad)], 1)
     return torch.cat([tensor[:rank], tensor.new_zeros(pad, tensor.shape[1])])
+
+
+FORMAT = Format(read, marks=marks)

@@ -1,58 +1,26 @@
-"""`save_adapter` and `load_adapter`: one entry for every checkpoint format, told apart by what is in the folder."""
+"""`fg.load_adapter`: a saved adapter onto a model, of every format, told apart by what is in the folder."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
 from ...backends.artifact.bounded_files import as_path
 from ...rewriter.errors import CheckpointError, SpecError, listing
 from ...rewriter.state import M
-from .authors import reader_of
 from .fill import check_derived
 from .folder import DERIVED, WEIGHTS, adapter_folder, check_config_is_theirs, read_folder
-from .foreign_adapter import graft
-from .foreign_keys import plain_keys
-from .native import FORMAT, load_native, save_native
-from .peft_config import DESCRIPTIVE
-from .peft_load import read_peft
-from .peft_save import save_peft
+from .foreign.foreign_folder import ForeignFolder
+from .foreign.peft_config import DESCRIPTIVE
+from .foreign.plain_keys import plain_keys
+from .formats import FORMATS
+from .graft_foreign import graft_foreign
+from .native import FORMAT, load_native
 
-FORMATS = ("fxgraft", "peft")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-def save_adapter(
-    adapted: nn.Module,
-    directory: str | os.PathLike[str],
-    name: str = "default",
-    format: Literal["fxgraft", "peft"] = "fxgraft",
-    *,
-    save_indices: bool | None = None,
-) -> Path:
-    """Save one adapter as `adapter_config.json` + `adapter_model.safetensors` and return the folder.
-
-    Only what was trained or cannot be derived is written: a Uni-LoRA adapter is its vector and the trained head.
-
-    Args:
-        directory: made if needed; an adapter already there is replaced once the new one is complete.
-        format: `fxgraft` (every method) or `peft` (what HF PEFT can open: LoRA, Uni-LoRA and GLoRA).
-        save_indices: for Uni-LoRA in the format `peft`: whether its indices are stored beside the vector. None stores
-            them only where PEFT would not derive the same ones from the seed.
-
-    Raises:
-        CheckpointError: the folder cannot be written, the values are not finite, or the format cannot hold the method.
-    """
-    if format not in FORMATS:
-        raise CheckpointError(f"save_adapter(format={format!r}): allowed are {FORMATS}")
-    if format == "peft":
-        return save_peft(adapted, directory, name, save_indices)
-    if save_indices is not None:
-        raise CheckpointError("save_adapter(save_indices=...) is for format='peft'; fxgraft's own always fits")
-    return save_native(adapted, directory, name)
 
 
 def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "default") -> M:
@@ -82,19 +50,26 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
     if not stored.weights and ("method" in config or "peft_type" in config):
         raise CheckpointError(f"{what}: {WEIGHTS} is missing")
     if "peft_type" in config:
-        tensors = plain_keys(tensors, what)
-    reader = reader_of(config, tensors) or (read_peft if "peft_type" in config else None)
-    if reader is None:
+        tensors = plain_keys(tensors, FORMATS, what)
+    format = next((format for format in FORMATS if format.knows(config, tensors)), None)
+    if format is None and "peft_type" in config:
+        raise CheckpointError(
+            f"{what}: peft_type={config['peft_type']!r} is not supported; PEFT methods that open here are "
+            f"{[format.peft_type for format in FORMATS if format.peft_type]}"
+        )
+    if format is None:
         raise CheckpointError(
             f"{str(folder)!r}: the format of this adapter is not known (keys of its config: "
             f"{listing(sorted(config), 12)}; of its tensors: {listing(sorted(tensors))})"
         )
     check_config_is_theirs(stored, DESCRIPTIVE, what)
     try:
-        foreign = reader(config, tensors, model, what)
+        foreign = format.read(ForeignFolder(config, tensors, model, what))
     except SpecError as error:  # a value in the config that the method does not allow
         raise CheckpointError(f"{what}: {error}") from error
-    adapted = graft(model, foreign, name, what)
+    if foreign.warning:
+        warnings.warn(f"{what}: {foreign.warning}", stacklevel=2)
+    adapted = graft_foreign(model, foreign, name, what)
     check_derived(adapted, name, stored.metadata.get(DERIVED), what)
     return adapted
 

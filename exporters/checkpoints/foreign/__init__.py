@@ -1,0 +1,1 @@
+"""What the formats of other programs share: what a format is, how a folder is read, what PEFT's config says."""

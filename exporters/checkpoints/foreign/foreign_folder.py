@@ -1,0 +1,120 @@
+"""A folder that another program wrote, and the adapter in it in our terms.
+
+config + tensors in their names  --a reader of `formats/`-->  methods by site + tensors in our names
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from ....rewriter.errors import CheckpointError, listing
+from ....rewriter.method import Method
+from ....rewriter.state import base_modules, unwrap
+
+Config = Mapping[str, Any]
+Tensors = Mapping[str, Tensor]
+Sites = dict[str, dict[str, Tensor]]  # site -> name -> tensor
+_NEEDED = object()
+
+
+@dataclass(frozen=True)
+class ForeignAdapter:
+    """An adapter of another program in our terms.
+
+    Args:
+        methods: site name -> its method.
+        tensors: in the names of `adapter_state`, in whatever floating dtype they were stored.
+        train: paths of the modules that come with the adapter.
+        warning: what whoever opens it has to know.
+    """
+
+    methods: Mapping[str, Method]
+    tensors: Tensors
+    train: tuple[str, ...] = ()
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class ForeignFolder:
+    """What a reader is given.
+
+    Args:
+        tensors: under `plain_keys` where the folder is PEFT-like.
+        model: the one it is opened on.
+        what: subject of the error texts.
+    """
+
+    config: Config
+    tensors: Tensors
+    model: nn.Module
+    what: str
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The base model's modules by name."""
+        return dict(base_modules(unwrap(self.model)))
+
+    def has_bias(self, site: str) -> bool:
+        """Whether the base layer of a site has a bias."""
+        return getattr(self.modules.get(site), "bias", None) is not None
+
+    def value(self, key: str, kind: type, default: Any = _NEEDED) -> Any:
+        """A config entry of the right type; `float` takes whole numbers too."""
+        given = self.config.get(key)
+        if given is None and default is not _NEEDED:
+            return default
+        kinds = (int, float) if kind is float else kind
+        if (isinstance(given, bool) and kind is not bool) or not isinstance(given, kinds):
+            raise CheckpointError(f"{self.what}: the config's {key!r} is {given!r}, expected a {kind.__name__}")
+        return given
+
+    def only_entries(self, known: Collection[str]) -> None:
+        """Raise if the config says anything beyond the known keys."""
+        if unknown := [f"{k}={v!r}" for k, v in self.config.items() if k not in known and not empty(v)]:
+            raise CheckpointError(f"{self.what}: not supported in its config: {', '.join(unknown[:8])}")
+
+    def by_site(self, tensors: Tensors, pattern: str) -> tuple[Sites, dict[str, Tensor]]:
+        """Tensors by site and name, and what is left over, by its key.
+
+        Args:
+            pattern: a regular expression for whole keys with the groups `site` and `name`.
+        """
+        sites: Sites = {}
+        rest = {}
+        for key, tensor in tensors.items():
+            found = re.fullmatch(pattern, key)
+            if found:
+                sites.setdefault(found["site"], {})[found["name"]] = tensor
+            else:
+                rest[key] = tensor
+        return sites, rest
+
+    def lacks(self, keys: Collection[str]) -> CheckpointError:
+        return CheckpointError(f"{self.what} lacks {len(keys)} tensor(s): {listing(keys)}")
+
+    def all_there(self, sites: Sites, names: Iterable[str]) -> None:
+        """Raise unless every site has all of these tensors."""
+        if missing := [f"{site}: {name}" for site, given in sites.items() for name in names if name not in given]:
+            raise self.lacks(missing)
+
+    def none_left(self, rest: Collection[str]) -> None:
+        """Raise if there are tensors the reader has no use for."""
+        if rest:
+            raise CheckpointError(f"{self.what} has {len(rest)} tensor(s) that are not understood: {listing(rest)}")
+
+
+def in_model_order(names: Collection[str], model: nn.Module) -> list[str]:
+    """The names in the order of the model's modules; those it does not have come last."""
+    order = {name: i for i, (name, _) in enumerate(base_modules(unwrap(model)))}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
+def empty(given: Any) -> bool:
+    """Whether a config entry switches nothing on."""
+    return given is None or given is False or given == {} or given == []

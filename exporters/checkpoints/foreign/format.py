@@ -1,0 +1,98 @@
+"""A format of another program: what its folders are known by, how they are read and, for PEFT's own, written.
+
+A new one is a file of its own in `formats/` with a constant `FORMAT`; nothing else has to be touched:
+
+    def read(folder: ForeignFolder) -> ForeignAdapter:
+        check_config(folder, {"r", "vera_dropout"})             # refuses what it does not name and could matter
+        sites, train, values = peft_sites(folder, r"vera_lambda_(?P<name>[bd])")
+        check_sites(folder, sites, ("b", "d"))                  # none is missing, and they are the config's targets
+        method = VeRA(rank=folder.value("r", int, 256))
+        values |= {f"{site}.{name}": t for site, given in sites.items() for name, t in given.items()}
+        return ForeignAdapter(dict.fromkeys(sites, method), values, train)
+
+    def write(adapter: OwnAdapter) -> Written: ...              # only where PEFT can hold the method
+
+    FORMAT = Format(read, names=r"vera_lambda_[bd]", peft_type="VERA", method=VeRA, write=write)
+
+`ForeignAdapter` has the method of every site and the tensors in the names of `adapter_state`. A reader uses every
+tensor and config entry or raises; that the rest fits the model is checked after it, for all formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ....rewriter.errors import CheckpointError
+from ....rewriter.method import Method
+from ....rewriter.state import AdapterRecord, AdapterTensors, lookup
+from .foreign_folder import Config, ForeignAdapter, ForeignFolder, Tensors
+from .peft_targets import is_conv1d
+
+Written = tuple[dict[str, Any], dict[str, Tensor]]  # entries of the config, tensors
+
+
+@dataclass(frozen=True)
+class OwnAdapter:
+    """An adapter of ours that is to be written in PEFT's format.
+
+    Args:
+        root: the adapted model.
+        sites: site name -> its tensors.
+        what: subject of the error texts.
+        save_indices: what `save_adapter` was told; None for every method without indices.
+    """
+
+    root: nn.Module
+    record: AdapterRecord
+    sites: Mapping[str, AdapterTensors]
+    what: str
+    save_indices: bool | None
+
+    @property
+    def methods(self) -> dict[str, Any]:
+        """Site name -> its method, in the order the sites count in."""
+        return {site.name: group.method for group in self.record.groups for site in group.sites}
+
+    @property
+    def on_conv1d(self) -> bool:
+        """What PEFT's `fan_in_fan_out` says."""
+        return any(is_conv1d(lookup(self.root, site.owner)) for site in self.record.sites)
+
+    def one(self, values: Mapping[str, Any], field: str) -> Any:
+        """The value all sites share."""
+        if len(found := set(values.values())) > 1:
+            raise CheckpointError(f"{self.what}: PEFT has one {field} per adapter, this one has {sorted(found)}")
+        return next(iter(values.values()))
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store adapters of a method.
+
+    Args:
+        read: the adapter in a folder of this format; raises for whatever it has no use for.
+        names: a regular expression for the parts of its keys that name a tensor, where an adapter's name may follow
+            (`X.<name>`, `X.<name>.<adapter>`, `X.<name>.<adapter>.<leaf>`).
+        leaves: what may stand behind such a part beside `weight` and `bias`.
+        peft_type: of a format of PEFT's own, which is known by it.
+        marks: of the others: whether a folder is in this format.
+        method: what `write` writes, in PEFT's format.
+        has_indices: whether `save_indices` means something to it.
+    """
+
+    read: Callable[[ForeignFolder], ForeignAdapter]
+    names: str = ""
+    leaves: tuple[str, ...] = ()
+    peft_type: str = ""
+    marks: Callable[[Config, Tensors], bool] | None = None
+    method: type[Method] | None = None
+    write: Callable[[OwnAdapter], Written] | None = None
+    has_indices: bool = False
+
+    def knows(self, config: Config, tensors: Tensors) -> bool:
+        """Whether a folder is in this format. Tensors of a PEFT-like folder come under `plain_keys`."""
+        return self.marks(config, tensors) if self.marks else config.get("peft_type") == self.peft_type

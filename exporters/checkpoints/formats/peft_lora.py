@@ -1,0 +1,94 @@
+"""LoRA as HF PEFT stores it (0.21): `<site>.lora_A.weight (r, in)`, `<site>.lora_B.weight (out, r)`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from ....passes.methods.lora import LoRA
+from ....rewriter.errors import CheckpointError, listing
+from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
+from ..foreign.format import Format, OwnAdapter, Written
+from ..foreign.peft_config import check_config
+from ..foreign.peft_sites import check_sites, peft_sites
+from ..foreign.peft_targets import attention_outputs, pattern_value
+from ..foreign.plain_keys import PREFIX
+
+FIELDS = frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"})
+
+
+def read(folder: ForeignFolder) -> ForeignAdapter:
+    what = folder.what
+    check_config(folder, FIELDS)
+    if layers := [key.partition(".lora_embedding_")[0] for key in folder.tensors if ".lora_embedding_" in key]:
+        raise CheckpointError(
+            f"{what} has a LoRA on an embedding (lora_embedding_A), "
+            f"{listing(dict.fromkeys(layer.removeprefix(PREFIX) for layer in layers))}, and only linear layers take "
+            "one here: merge it in PEFT and load the merged model"
+        )
+    sites, train, values = peft_sites(folder, r"(?P<name>lora_[AB])\.weight")
+    check_sites(folder, sites, ("lora_A", "lora_B"))
+    uncalled, warning = attention_outputs(folder.model), ""
+    if inert := [site for site in sites if site in uncalled]:
+        if len(inert) == len(sites):
+            raise CheckpointError(f"{what} does nothing: nn.MultiheadAttention never calls {listing(inert)}")
+        warning = (
+            f"nn.MultiheadAttention never calls {listing(inert)}: in PEFT these factors do nothing, and they are left "
+            "out here"
+        )
+    kept = {site: given for site, given in sites.items() if site not in uncalled}
+    for site, given in kept.items():
+        values |= {f"{site}.A": given["lora_A"], f"{site}.B": given["lora_B"]}
+    return ForeignAdapter({site: lora_at(folder, site) for site in kept}, values, train, warning)
+
+
+def lora_at(folder: ForeignFolder, site: str) -> LoRA:
+    """The LoRA a config describes at one site, `rank_pattern` and `alpha_pattern` applied as PEFT does."""
+    rank, alpha = folder.value("r", int, 8), folder.value("lora_alpha", float, 8)
+    return LoRA(
+        rank=pattern_value(folder.value("rank_pattern", dict, {}), site, rank, folder.what),
+        alpha=pattern_value(folder.value("alpha_pattern", dict, {}), site, alpha, folder.what),
+        dropout=folder.value("lora_dropout", float, 0.0),
+        rslora=folder.value("use_rslora", bool, False),
+    )
+
+
+def write(adapter: OwnAdapter) -> Written:
+    methods = adapter.methods
+    common = Counter(methods.values()).most_common(1)[0][0]
+    ranks, alphas = {}, {}
+    for name, method in methods.items():
+        # a key of PEFT's patterns that matches this name alone: without `^` it would match it as an ending too
+        alone, alpha = f"^{re.escape(name)}", method.alpha
+        if method.rslora != common.rslora:  # PEFT has one use_rslora; where a site differs, its alpha makes up for it
+            alpha = method.scale * (method.rank**0.5 if common.rslora else method.rank)
+        if method.rank != common.rank:
+            ranks[alone] = method.rank
+        if alpha != common.alpha:
+            alphas[alone] = _number(alpha)
+    fields = {
+        "peft_type": "LORA",
+        "r": common.rank,
+        "lora_alpha": _number(common.alpha),
+        "lora_dropout": adapter.one({n: m.dropout for n, m in methods.items()}, "lora_dropout"),
+        "use_rslora": common.rslora,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "fan_in_fan_out": adapter.on_conv1d,
+        "init_lora_weights": True,
+    }
+    return fields, {
+        f"{PREFIX}{name}.lora_{letter}.weight": module.tensors()[letter]
+        for name, module in adapter.sites.items()
+        for letter in "AB"
+    }
+
+
+def _number(given: float) -> Any:
+    return int(given) if float(given).is_integer() else given
+
+
+FORMAT = Format(
+    read, names="lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector", peft_type="LORA", method=LoRA, write=write
+)

@@ -1,0 +1,87 @@
+"""Grafting an adapter that another program wrote: the spec that names its sites one by one, filled with its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ...rewriter.analysis.dataflow import tied_names
+from ...rewriter.errors import CheckpointError, listing, near_misses
+from ...rewriter.graft_plan import Plan
+from ...rewriter.method import Method
+from ...rewriter.spec import Spec
+from ...rewriter.state import M, base_modules, unwrap
+from ...rewriter.targets import matches
+from .fill import filled
+from .foreign.foreign_folder import ForeignAdapter, in_model_order
+
+
+def graft_foreign(model: M, foreign: ForeignAdapter, name: str, what: str) -> M:
+    """Graft an adapter of another program; the input model is not changed.
+
+    Raises:
+        CheckpointError: the model has no such site, or the tensors are not what the methods need there.
+    """
+    if not foreign.methods:
+        raise CheckpointError(f"{what} has no adapter tensors at all")
+    order = in_model_order(foreign.methods, model)
+    foreign = replace(foreign, methods={site: foreign.methods[site] for site in order})
+
+    def fits(plan: Plan) -> None:
+        if hosted := [site.name for site in plan.sites if site.host is not None]:
+            raise CheckpointError(
+                f"{what} has adapters at {listing(hosted)}, whose weights this model reads without calling the layers: "
+                "where it was trained they had no effect"
+            )
+        here = {site.name for site in plan.sites}
+        if missing := [site for site in order if site not in here]:
+            close = near_misses(missing[0], [n for n, _ in base_modules(unwrap(model))], 2)
+            raise CheckpointError(
+                f"{what} was made for another model than this {type(model).__name__}, which has no linear layer "
+                f"{listing(missing)}" + (f"; close are {listing(close)}" if close else "")
+            )
+
+    hint = "The adapter is of another model, or its config of another adapter"
+    return filled(model, _spec_of(foreign, model), name, foreign.tensors, what, order=order, fits=fits, hint=hint)
+
+
+def _spec_of(foreign: ForeignAdapter, model: nn.Module) -> Spec:
+    """The spec that names each site exactly, whatever patterns the other program found them with."""
+    ((common, _),) = Counter(foreign.methods.values()).most_common(1)
+    others: dict[Method, list[str]] = {}
+    for site, method in foreign.methods.items():
+        if method != common:
+            others.setdefault(method, []).append(site)
+    known = [name for name, _ in base_modules(unwrap(model))]
+    return Spec(
+        common,
+        targets=(_exactly(foreign.methods),),
+        train=tuple(_plain(path, known) for path in foreign.train),
+        keep_ties=_ties_hold(foreign, model),
+        overrides={_exactly(sites): method for method, sites in others.items()},
+    )
+
+
+def _ties_hold(foreign: ForeignAdapter, model: nn.Module) -> bool:
+    """Whether what is tied in the model is tied in the adapter: PEFT trains a copy of each module of its own, and only
+    their values say whether it kept the copies alike."""
+    tied = tied_names(unwrap(model)) if foreign.train else {}
+    pairs = [(key, other) for key in foreign.tensors for other in tied.get(key, ())]
+    return all(
+        other in foreign.tensors and torch.equal(foreign.tensors[key], foreign.tensors[other]) for key, other in pairs
+    )
+
+
+def _exactly(names: Iterable[str]) -> str:
+    """A pattern that matches these names and no other."""
+    return "re:" + "|".join(map(re.escape, names))
+
+
+def _plain(name: str, known: Iterable[str]) -> str:
+    """The name as a pattern, in plain form where that is as exact."""
+    return name if [n for n in known if n and matches(n, name)] == [name] else _exactly([name])
