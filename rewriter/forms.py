@@ -55,8 +55,11 @@ class Form(Method, key=""):
 
     #: the dimensions of every tensor of a site, as they lie in a bank
     axes: ClassVar[Axes] = {}
-    #: those of tensors that all sites share; such a form is a bank's only: graphs take tensors site by site
+    #: those of tensors that all sites share
     shared_axes: ClassVar[Axes] = {}
+    #: what it holds means something under a projection only that all adapters derive alike, on the same sites; such a
+    #: form is a bank's only: graphs take tensors that say all there is
+    derives: ClassVar[bool] = False
     #: own axes along which zeros would not be nothing: every slot of a stack has the same size there
     whole: ClassVar[tuple[str, ...]] = ()
     #: what adapters do whose sum is none of this form; None: stacked along their rank they are the sum
@@ -225,13 +228,13 @@ def forms_of(method: Method) -> list[type[Form]]:
 def form_of(method: Method) -> type[Form] | None:
     """The form in which a graph takes one adapter of this method at a site; None where only its whole weight will
     do."""
-    return next((form for form in forms_of(method) if not form.shared_axes), None)
+    return next((form for form in forms_of(method) if not form.derives), None)
 
 
 def form_with(names: Collection[str]) -> type[Form] | None:
     """The form with tensors of these names, which is what a graph tells of a site."""
     known = [form for forms in _forms.values() for form in forms]
-    return next((form for form in known if not form.shared_axes and form.axes.keys() == set(names)), None)
+    return next((form for form in known if not form.derives and form.axes.keys() == set(names)), None)
 
 
 def put_entry(place: Tensor, entry: Tensor) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 
 from ...rewriter.dialect import Halves, Traits, cast, operator
 from ...rewriter.emitter import Emitter
-from ...rewriter.errors import SpecError
+from ...rewriter.errors import AdapterError, SpecError
+from ...rewriter.forms import Axes, Form
 from ...rewriter.method import (
     Decl,
     Declaration,
@@ -30,6 +31,7 @@ from ...rewriter.method import (
     check_positive_int,
 )
 from ...rewriter.sites import Site
+from .by_sample import chosen, no_delta, per_sample
 
 PROJECTIONS = ("drawn", "stored")
 
@@ -161,3 +163,55 @@ class VeRA(Method, key="vera"):
 
     def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
         return shared["A"], scaled(shared["B"], local["d"], local["b"])
+
+
+# -- many adapters in one graph: a row of d and a row of b each, and the projection once -------------------------------
+@operator("bank_vera(Tensor x, Tensor? ids, Tensor A, Tensor B, Tensor d, Tensor b) -> Tensor")
+def bank_vera(x: Tensor, ids: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """`vera` for every sample with the vectors of its adapter; the two products are one for all samples.
+
+    x `(batch, ..., in)`, or `(batch * tokens, in)`; ids `(batch,)` integers below K, None for the base model; A and B
+    as in `vera`; d `(K, r)`; b `(K, out)` -> the shape of x with `out` last, in x's dtype.
+    """
+    if ids is None:
+        return no_delta(x, b.shape[1])
+    if A.device != x.device:
+        A, B = A.to(x.device), B.to(x.device)
+    z = F.linear(per_sample(x, ids), cast(A[:, : x.shape[-1]], x)) * cast(chosen(d, ids), x).unsqueeze(1)
+    y = F.linear(z, cast(B[: b.shape[1]], x)) * cast(chosen(b, ids), x).unsqueeze(1)
+    return y.reshape(*x.shape[:-1], b.shape[1])
+
+
+@dataclass(frozen=True)
+class Vectors(Form, VeRA, key="bank_vera", of=VeRA):
+    """A stack of VeRA vectors over one projection, of the config that the adapters have in common."""
+
+    axes: ClassVar[Axes] = {"d": ("rank",), "b": ("out",)}
+    derives: ClassVar[bool] = True
+    operator = bank_vera
+
+    @classmethod
+    def stack_of(cls, methods: Sequence[Method], slots: int) -> Form | None:
+        first = methods[0]
+        if not isinstance(first, VeRA) or first.projection == "stored":
+            return None
+        alike = all(other.meaning() == first.meaning() for other in methods)
+        return cls(**vars(first), slots=slots) if alike else None
+
+    @classmethod
+    def read(cls, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
+        return dict(local)
+
+    def entry(self, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
+        ours = self.rank, self.seed, self.projection
+        if not isinstance(method, VeRA) or (method.rank, method.seed, method.projection) != ours:
+            raise AdapterError(
+                f"{method} has another projection than the bank's {self}; make the bank with expand=True"
+            )
+        return self.read(method, shared, local)
+
+    def declare(self, sites: Sequence[Site]) -> Declaration:
+        return Declaration(Form.declare(self, sites).local, VeRA.declare(self, sites).shared)
+
+    def arguments(self, e: Emitter) -> Sequence[fx.Node]:
+        return [e.shared("A"), e.shared("B"), e.tensor("d"), e.tensor("b")]

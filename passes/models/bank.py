@@ -261,7 +261,7 @@ def _entries(root: nn.Module, name: str, source: Source) -> dict[tuple[int, str]
         elif site.name in given:
             tensors = given[site.name]
             entry = form.entry(tensors.method, widened(tensors.shared_tensors()), widened(tensors.tensors()))
-            if form.shared_axes and list(given) != common:
+            if form.derives and list(given) != common:
                 raise AdapterError(
                     f"tenant {name!r} adapts other sites than the bank, so its projection is another one; make the "
                     "bank with expand=True"

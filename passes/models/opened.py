@@ -158,11 +158,13 @@ def opened_bank(banked: nn.Module, name: str, slots: int) -> Twin:
 
 def _stacks(form: Form, shared: Tensors, local: Tensors, slots: int) -> tuple[Form, dict[str, Tensor]]:
     """The stacks of one site, as a graph takes them, with this many slots."""
-    if not form.shared_axes:
+    if not form.derives:
         return form.opened({key: stack[:slots] for key, stack in local.items()}, slots)
-    # Every slot has tensors for all sites: one adapter after the other is read into a site's own.
-    each = [{**shared, **{key: shared[key][slot] for key in form.shared_axes}} for slot in range(slots)]
-    entries = [Factors.read(form, one, local) for one in each]
+    entries = []  # one adapter after the other is read into factors
+    for slot in range(slots):
+        common = {key: tensor[slot] if key in form.shared_axes else tensor for key, tensor in shared.items()}
+        own = {key: tensor[slot] if key in form.axes else tensor for key, tensor in local.items()}
+        entries.append(Factors.read(form, common, own))
     return Factors.opened({key: torch.stack([entry[key] for entry in entries]) for key in Factors.axes}, slots)
 
 

@@ -46,6 +46,7 @@ class Vector(Form, UniLoRA, key="bank_unilora", of=UniLoRA):
     """A stack of Uni-LoRA vectors over one projection, of the config that they have in common."""
 
     shared_axes: ClassVar[Axes] = {"theta": ("vector_length",)}
+    derives: ClassVar[bool] = True
     operator = bank_unilora
 
     @classmethod

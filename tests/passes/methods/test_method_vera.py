@@ -243,3 +243,45 @@ def test_compiled_it_is_one_node_and_every_pass_keeps_its_numbers(trained, ids):
 def test_wrong_values_raise_at_construction(wrong):
     with pytest.raises(fg.SpecError, match=next(iter(wrong))):
         fg.VeRA(**wrong)
+
+
+def test_tenants_of_a_bank_are_vectors_over_one_projection(bert, ids, tmp_path):
+    """Memory per tenant is `r + out` numbers a layer, and mixed batches compute what each adapter does alone."""
+    spec = fg.Spec(fg.VeRA(rank=6, seed=5), TARGETS)
+    own = {name: perturb(fg.rewrite(bert, spec), 0.5).eval() for name in "abc"}
+    banked, expanded = fg.bank(bert, {"a": own["a"], "b": own["b"]}, capacity=4), fg.bank(bert, own, expand=True)
+    fg.save_adapter(own["c"], tmp_path)
+    fg.add_tenant(banked, "c", tmp_path)
+    names = ["c", None, "a"]
+    with torch.no_grad():
+        rows = [(own[name] if name else bert)(ids[i : i + 1]).logits for i, name in enumerate(names)]
+        for model in (banked, expanded):
+            given = model(ids, adapter_ids=fg.adapter_ids(model, names)).logits
+            torch.testing.assert_close(given, torch.cat(rows), **CLOSE)
+    stacks = {k.rpartition(".")[2]: tuple(t.shape) for k, t in banked.state_dict().items() if "query.fxgraft" in k}
+    assert stacks == {"d": (5, 6), "b": (5, 32)}
+    assert "fxgraft_shared.bank.A" in dict(banked.named_buffers())
+    with pytest.raises(fg.AdapterError, match="another projection"):
+        fg.add_tenant(banked, "other", fg.rewrite(bert, fg.Spec(fg.VeRA(rank=6, seed=6), TARGETS)))
+    with pytest.raises(fg.AdapterError, match="other sites"):
+        fg.add_tenant(banked, "fewer", fg.rewrite(bert, fg.Spec(fg.VeRA(rank=6, seed=5), ["query"])))
+
+
+def test_other_projections_share_a_bank_as_factors(bert, ids):
+    specs = {"a": fg.VeRA(rank=6), "b": fg.VeRA(rank=3, seed=1), "c": fg.LoRA(rank=2)}
+    own = {name: perturb(fg.rewrite(bert, fg.Spec(method, ["query"])), 0.5).eval() for name, method in specs.items()}
+    banked = fg.bank(bert, own)
+    with torch.no_grad():
+        given = banked(ids, adapter_ids=fg.adapter_ids(banked, list(own))).logits
+        rows = [model(ids[i : i + 1]).logits for i, model in enumerate(own.values())]
+        torch.testing.assert_close(given, torch.cat(rows), **CLOSE)
+
+
+def test_a_bank_leaves_as_a_graph_of_factors(bert, ids, tmp_path):
+    own = {name: perturb(fg.rewrite(bert, SPEC), 0.5).eval() for name in "ab"}
+    export = fg.export_onnx(fg.bank(bert, own, capacity=3), tmp_path / "m.onnx", (ids,), adapters="bank")
+    session = fg.OrtSession(export.path)
+    given = session.run({"input_ids": ids.numpy()}, adapter_ids=["a", None, "b"])["logits"]
+    with torch.no_grad():
+        rows = [(own[n] if n else bert)(ids[i : i + 1]).logits for i, n in enumerate(["a", None, "b"])]
+    torch.testing.assert_close(torch.from_numpy(given), torch.cat(rows), **CLOSE)
