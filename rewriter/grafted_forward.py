@@ -12,8 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from .calls.disabled import base_forward, nothing
-from .capture.observe import Read
-from .capture.watched import captured
+from .capture.observe import Read, attribute_of
 from .dialect import eager_form
 
 _sources = itertools.count()
@@ -62,17 +61,10 @@ def _conditions(reads: Sequence[Read], namespace: dict[str, Any]) -> list[str]:
     """
     found = []
     for index, read in enumerate(read for read in reads if read.watchable):
-        place, path = "self", read.path
-        if read.root is not None:
-            place = f"_root{index}"
-            namespace[place] = read.root
-            if isinstance(read.root, types.CellType):
-                place, path = f"{place}.cell_contents", path[1:]
-        for part in path:
-            place = f"{place}.{part}" if part.isidentifier() else f"getattr({place}, {part!r})"
-        namespace[f"_value{index}"] = read.value
-        differs = f"{place} {'is not' if read.value is None or isinstance(read.value, bool) else '!='} _value{index}"
-        in_cell = isinstance(read.root, types.CellType)
-        found.append(f"(not fxgraft_captured() and {differs})" if in_cell else differs)
-        namespace["fxgraft_captured"] = captured
+        holder, value = "self" if read.root is None else f"_root{index}", f"_value{index}"
+        namespace |= {value: read.value} if read.root is None else {holder: read.root, value: read.value}
+        for depth, name in enumerate(read.path[:-1]):
+            in_cell = depth == 0 and isinstance(read.root, types.CellType)
+            holder = f"{holder}.cell_contents" if in_cell else attribute_of(holder, name)
+        found.append(read.differs(holder, value))
     return found

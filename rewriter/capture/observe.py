@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,17 @@ from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
 from ..state import Container
-from .value_keys import Opaque, freeze, is_comparable, is_fixed, is_plain
+from .value_keys import Opaque, Same, freeze, is_comparable, is_fixed, is_plain
 
 #: nn.Module bookkeeping that does not influence what forward computes, or that a graph reads itself
 _BOOKKEEPING = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook",
                 "training", "call_super_init", "dump_patches", "_version", "_compiled_call_impl",
                 "T_destination"}  # fmt: skip
+#: what is read of a call that was prepared: each part of it may be another later
+_MADE_OF: dict[type, tuple[str, ...]] = {
+    functools.partial: ("func", "args", "keywords"),
+    types.MethodType: ("__func__", "__self__"),
+}
 _MISSING = ("missing",)
 
 
@@ -42,9 +47,10 @@ class Read:
 
     Args:
         path: attribute names, from `root` on; the first is the name of the variable where `root` is a closure's cell.
-        frozen: the value as a key; the class alone of an object whose reads were noted one by one.
+        frozen: the value as a key; the class alone of an object whose reads were noted one by one; a `Same` of what
+            counts as itself (a function, a class).
         root: None for the module, or a Python module, a class or a cell.
-        value: a copy of the value.
+        value: a copy of the value, or the value itself where it counts as itself.
         own: whether it is an attribute the module itself holds, so that setting it is seen.
     """
 
@@ -73,6 +79,8 @@ class Read:
             return _MISSING
         if isinstance(self.frozen, type):
             return type(value)  # type: ignore[return-value]
+        if isinstance(self.frozen, Same):
+            return Same(value)
         try:
             return freeze(value)
         except Opaque:
@@ -80,10 +88,45 @@ class Read:
 
     @property
     def watchable(self) -> bool:
-        """Whether a call can see a change by comparing, and nothing else would."""
-        if self.frozen is _MISSING or isinstance(self.frozen, type) or (self.own and is_fixed(self.value)):
-            return False
-        return is_comparable(self.value)
+        """Whether a call must look, since nothing else would see a change: of what the module itself holds, setting is
+        seen, and filling is not."""
+        return not self.own or not (self.frozen is _MISSING or isinstance(self.frozen, type) or is_fixed(self.value))
+
+    def differs(self, holder: str, value: str) -> str:
+        """Python that says whether this is no longer so, for the text of what holds it and that of `self.value`."""
+        name = self.path[-1]
+        if self.frozen is _MISSING:
+            return f"hasattr({holder}, {name!r})"
+        if isinstance(self.root, types.CellType) and len(self.path) == 1:
+            place = f"{holder}.cell_contents"
+        else:
+            place = attribute_of(holder, name)
+        if isinstance(self.frozen, type):
+            return f"type({place}) is not {value}"
+        itself = isinstance(self.frozen, Same) or self.value is None or isinstance(self.value, bool)
+        parts = [f"{place}{part} != {value}{part}" for part in _held_by_function(self.value)]
+        return " or ".join([f"{place} {'is not' if itself else '!='} {value}", *parts])
+
+
+def _held_by_function(value: Any) -> Iterator[str]:
+    """Python behind a function that reads its defaults and what it closes over.
+
+    A compiler takes functions of one code for the same until one of these is asked for.
+    """
+    if not isinstance(value, types.FunctionType):
+        return
+    if value.__defaults__ and is_comparable(value.__defaults__):
+        yield ".__defaults__"
+    for index, cell in enumerate(value.__closure__ or ()):
+        inside = f".__closure__[{index}].cell_contents"
+        if is_comparable(cell.cell_contents) and not isinstance(cell.cell_contents, types.FunctionType):
+            yield inside
+        yield from (f"{inside}{rest}" for rest in _held_by_function(cell.cell_contents))
+
+
+def attribute_of(holder: str, name: str) -> str:
+    """The text of Python that reads an attribute."""
+    return f"{holder}.{name}" if name.isidentifier() else f"getattr({holder}, {name!r})"
 
 
 def protected(module: nn.Module) -> nn.Module:
@@ -142,7 +185,7 @@ class Observation:
                 return cls.__getattr__(self, name)
             except AttributeError:
                 if name[:2] != "__":
-                    notes.reads.setdefault((*path, name), Read((*path, name), _MISSING))
+                    notes.reads.setdefault((*path, name), Read((*path, name), _MISSING, own=not path))
                 raise
 
         def __setattr__(self: Any, name: str, value: Any) -> None:
@@ -178,8 +221,10 @@ class Observation:
             return value
         if name not in held:
             raw = next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
+            if isinstance(raw, staticmethod):
+                self._count_as_itself((name,), value, cls)
             if raw is None or hasattr(type(raw), "__get__"):
-                return value  # a method, a property: what it reads is noted
+                return value  # a method, a property: what it reads is noted, and that it ran (`outside.py`)
         place = (*path, name)
         if isinstance(value, Tensor) and isinstance(owner, nn.Module):
             return self._tracer.create_proxy("get_attr", ".".join(place), (), {})
@@ -195,23 +240,39 @@ class Observation:
             if kind is types.SimpleNamespace:  # its class cannot be changed
                 target = self._substitutes[place] = _Namespace(**vars(value))
             if self._note_at(target, place):
-                self.reads[place] = Read(place, kind, own=own)  # type: ignore[arg-type]
+                self.reads[place] = Read(place, kind, value=kind, own=own)  # type: ignore[arg-type]
                 return
+        if kind in _MADE_OF:
+            self.reads[place] = Read(place, kind, value=kind, own=own)  # type: ignore[arg-type]
+            for name in _MADE_OF[kind]:
+                if not isinstance(part := getattr(value, name), nn.Module):
+                    self._add((*place, name), part, False)
+            return
+        if not own and is_fixed(value) and not is_comparable(value):  # a lambda: another is never equal
+            return self._count_as_itself(place, self._original(place))
         name = ".".join(("self", *place))
         try:
             read = Read(place, freeze(value), value=copy.deepcopy(value) if is_comparable(value) else value, own=own)
         except Opaque as opaque:
             raise CaptureError(f"it reads {name}, and what that holds, {opaque}, cannot be followed") from opaque
-        if not is_fixed(value) and not is_comparable(value):
+        if not is_comparable(value) and not is_fixed(value):
             raise CaptureError(f"it reads {name}, and whether that {kind.__name__} changes later cannot be seen")
         self.reads[place] = read
         self._values.append((read, value))
 
+    def _count_as_itself(self, place: tuple[str, ...], value: Any, root: Any = None) -> None:
+        key = place if root is None else (root, *place)
+        self.reads[key] = Read(place, Same(value), root, value)
+
+    def _original(self, place: tuple[str, ...]) -> Any:
+        held: Any = self._module
+        for name in place:
+            held = getattr(held, name, None)
+        return held
+
     def _is_copy(self, place: tuple[str, ...], value: Any) -> bool:
         """Whether an object is the copy's own: some (an enum's members) are never copied."""
-        original: Any = self._module
-        for name in place:
-            original = getattr(original, name, None)
+        original = self._original(place)
         return original is not None and original is not value and type(original) is type(value)
 
     def changed(self) -> list[str]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .observe import Read
-from .value_keys import Opaque, freeze, is_comparable, is_fixed, is_plain
+from .value_keys import Opaque, Same, freeze, is_comparable, is_fixed, is_plain
 
 _STANDARD = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
 _LIBRARIES = tuple(
@@ -48,7 +48,8 @@ _CLOCKS = {"time", "datetime", "secrets", "uuid"}
 def _is_library(file: str, module: str) -> bool:
     """Whether code is Python's, torch's, numpy's or ours: what these read is their own affair."""
     if file.startswith("<"):  # made at run time: a dataclass's methods, an fx graph's code, a cell of a notebook
-        return file.startswith(("<frozen", "<eval_with_key", "<fxgraft")) or is_library_name(module)
+        made = file.startswith(("<frozen", "<eval_with_key", "<fxgraft")) or module.startswith("namedtuple_")
+        return made or is_library_name(module)
     path = os.path.realpath(file)
     return path.startswith(_LIBRARIES) or (path.startswith(_STANDARD) and "-packages" not in path)
 
@@ -120,6 +121,7 @@ class Surroundings:
         elif code not in self._frames:
             self._frames[code] = None
             self._names(frame)  # Python calls no profiler inside of one
+            self._method(frame)
 
     def _refuse(self, why: str) -> None:
         if why not in self.refusals:
@@ -133,16 +135,31 @@ class Surroundings:
         elif home in _CLOCKS or owner is datetime.datetime or owner is datetime.date:
             self._refuse(f"it reads the clock ({name}), and a graph would keep the time of today")
 
-    # -- globals and closures ------------------------------------------------------------------------------------
+    # -- functions, globals and closures -------------------------------------------------------------------------
+    def _method(self, frame: types.FrameType) -> None:
+        """Note where in a class a function that runs stands: the class may get another."""
+        code = frame.f_code
+        if not code.co_argcount:
+            return
+        first = frame.f_locals.get(code.co_varnames[0])
+        for cls in type.mro(first if isinstance(first, type) else type(first)):
+            for name, held in () if is_library_name(cls.__module__) else list(vars(cls).items()):
+                if getattr(_function(held), "__code__", None) is code:
+                    value: Any = getattr(cls, name)
+                    path: tuple[str, ...] = (name,)
+                    if isinstance(value, types.MethodType):  # made anew at every look
+                        value, path = value.__func__, (name, "__func__")
+                    return self._count_as_itself(cls, path, value)
+
     def _names(self, frame: types.FrameType) -> None:
         code = frame.f_code
         nested = any(code in other.co_consts for other in self._frames)
         for variable, name, chain in _loads(code):
             if variable == "global" and name in frame.f_globals:
-                home = sys.modules.get(frame.f_globals.get("__name__", ""))
+                home: Any = sys.modules.get(frame.f_globals.get("__name__", ""))
                 if home is None or vars(home) is not frame.f_globals:
-                    home = types.ModuleType(str(frame.f_globals.get("__name__")))
-                    home.__dict__.update({name: frame.f_globals[name]})
+                    home = _Globals()
+                    home.__dict__ = frame.f_globals
                 self._follow(home, (name,), frame.f_globals[name], chain)
             elif variable == "closure" and not nested and name in frame.f_locals:
                 value = frame.f_locals[name]
@@ -154,28 +171,26 @@ class Surroundings:
             if not hasattr(value, chain[0]):
                 return
             root, path, value, chain = value, (chain[0],), getattr(value, chain[0]), chain[1:]
-        if (
-            value is None
-            or isinstance(value, (types.ModuleType, type, Tensor, fx.Proxy, fx.Node))
-            or id(value) in self._own
-        ):
+        if isinstance(value, (Tensor, fx.Proxy, fx.Node)) or id(value) in self._own:
             return
         if isinstance(value, nn.Module):
             return self._refuse(f"it reads the module {path[-1]!r} from outside of itself")
-        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, functools.partial, types.MethodType)):
+        if isinstance(root, tuple):
+            code, name = root
+            root = _cell(code, name, value)
+        if isinstance(value, (types.ModuleType, type)) and is_library_name(_home(value)):
             return
-        if callable(value) and not is_plain(type(value)):
-            return
-        held = value
+        if isinstance(value, (types.ModuleType, type)) or (callable(value) and not is_plain(type(value))):
+            return self._count_as_itself(root, path, value)
         while chain and is_plain(type(value)) and chain[0] in getattr(value, "__dict__", {}):
             path, value, chain = (*path, chain[0]), value.__dict__[chain[0]], chain[1:]
         if is_plain(type(value)) and is_library_name(_home(type(value))):
             return  # a logger, a lock: no data of the model
-        if isinstance(root, tuple):
-            code, name = root
-            root = _cell(code, name, held)
         for place, part in _parts(path, value):
             self._add(root, place, part)
+
+    def _count_as_itself(self, root: Any, path: tuple[str, ...], value: Any) -> None:
+        self.reads[(id(root), *path)] = Read(path, Same(value), root, value)
 
     def _add(self, root: Any, path: tuple[str, ...], value: Any) -> None:
         if (id(root), *path) in self.reads:
@@ -188,6 +203,16 @@ class Surroundings:
             return self._refuse(f"it reads {name}, and what that holds, {opaque}, cannot be followed")
         if not is_fixed(value) and not is_comparable(value):
             self._refuse(f"it reads {name}, and whether that {type(value).__name__} changes later cannot be seen")
+
+
+def _function(held: Any) -> Any:
+    """The function behind what a class holds."""
+    kinds = {staticmethod: "__func__", classmethod: "__func__", property: "fget", functools.cached_property: "func"}
+    return getattr(held, kinds[type(held)]) if type(held) in kinds else held
+
+
+class _Globals:
+    """The globals of code that belongs to no module."""
 
 
 def _parts(path: tuple[str, ...], value: Any, depth: int = 4) -> Iterator[tuple[tuple[str, ...], Any]]:

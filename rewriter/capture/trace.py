@@ -107,10 +107,14 @@ _lock = threading.RLock()
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
-    """What decides the graph of a module whatever its forward reads: its class, its tensors, its children."""
+    """What decides the graph of a module whatever its forward reads: its class, its tensors, its children.
+
+    A forward of the user's own is watched like all that runs (`outside.py`); one of torch's may have been replaced too.
+    """
     tensors = itertools.chain(module._parameters.items(), module._buffers.items())
     return (
         type(module),
+        type(module).forward,
         tuple((n, None if t is None else (tuple(t.shape), t.dtype)) for n, t in tensors),
         tuple((n, type(m)) for n, m in module._modules.items()),
         tuple(n for n, t in module.__dict__.items() if isinstance(t, Tensor) and not is_bookkeeping(n)),

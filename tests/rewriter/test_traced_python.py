@@ -42,10 +42,17 @@ class Owner(nn.Module):
         self.scale = 2.0
         self.log, self.seen, self.cache, self.queue = [], set(), {"k": [0]}, collections.deque([1])
         self.config = types.SimpleNamespace(scale=2.0, inner=types.SimpleNamespace(scale=2.0, names=["a"]), calls=0)
+        self.config.function, self.config.partial = times(2.0), partial(2.0)
+        self.config.scaling, self.config.method, self.own_method = Scaling(), Scaling().scaled, Scaling().scaled
         self.numbers = itertools.count()
         self.child = nn.Identity()
         self.child.scale = 2.0
         self.child.log = []
+        self.child.function = times(2.0)
+
+    @staticmethod
+    def static(x):
+        return x * 2.0
 
     def product(self, x):
         return F.linear(x, self.w)
@@ -237,6 +244,114 @@ READS = {
 }
 
 
+def times(value):
+    return lambda x: x * value
+
+
+class Scaling:
+    """What a forward may hold to scale with: an object, or its bound method."""
+
+    def __init__(self, value=2.0):
+        self.value = value
+
+    def __repr__(self):
+        return f"Scaling({self.value})"
+
+    def scaled(self, x):
+        return x * self.value
+
+
+def scaling_otherwise(value):
+    """An object that holds what a `Scaling` holds, of another class."""
+    return type("Other", (Scaling,), {"scaled": lambda self, x: x * value})()
+
+
+def helped(x):
+    return GLOBAL(x)
+
+
+GLOBAL = times(2.0)
+NOTHING_YET = None
+
+
+def scaled_by_a_function():
+    function = times(2.0)
+
+    def forward(self, x):
+        return function(self.product(x))
+
+    def change(model, value):
+        nonlocal function
+        function = times(value)
+
+    return forward, change
+
+
+def set_module(name, make):
+    return lambda m, v: globals().__setitem__(name, make(v))
+
+
+def held(make, *path):
+    """Put something of the value's making at a place."""
+    return lambda m, v: setter(*path)(m, make(v))
+
+
+def partial(value):
+    return functools.partial(torch.mul, other=value)
+
+
+def holding(name, make):
+    """A forward that calls what `config.<name>` holds, and how to put another there."""
+
+    def forward(self, x):
+        held = getattr(self.config, name)
+        return (held.scaled if isinstance(held, Scaling) else held)(self.product(x))
+
+    return forward, held(make, "config", name)
+
+
+READS |= {
+    "an object's lambda": holding("function", times),
+    "an object's partial": holding("partial", partial),
+    "an object's method": holding("method", lambda v: Scaling(v).scaled),
+    "an object of another class": holding("scaling", scaling_otherwise),
+    "what a method is bound to": (
+        lambda m, x: m.config.method(m.product(x)),
+        lambda m, v: setattr(m[0].config.method.__self__, "value", v),
+    ),
+    "what its own method is bound to": (
+        lambda m, x: m.own_method(m.product(x)),
+        lambda m, v: setattr(m[0].own_method.__self__, "value", v),
+    ),
+    "a child's lambda": (lambda m, x: m.child.function(m.product(x)), held(times, "child", "function")),
+    "what an object has not": (
+        lambda m, x: m.product(x) * getattr(m.config, "later", 2.0),
+        setter("config", "later"),
+    ),
+    "what a child has not": (lambda m, x: m.product(x) * getattr(m.child, "later", 2.0), setter("child", "later")),
+    "a global function": (lambda m, x: GLOBAL(m.product(x)), set_module("GLOBAL", times)),
+    "a global function in a helper": (lambda m, x: helped(m.product(x)), set_module("GLOBAL", times)),
+    "a global that is None": (
+        lambda m, x: m.product(x) * (2.0 if NOTHING_YET is None else NOTHING_YET),
+        set_module("NOTHING_YET", lambda v: None if v == 2.0 else v),
+    ),
+    "a method of the class": (
+        lambda m, x: m.product(x),
+        lambda m, v: setattr(Owner, "product", PRODUCT if v == 2.0 else lambda m, x: F.linear(x, m.w) * v),
+    ),
+    "the forward of the class": (
+        lambda m, x: m.product(x),
+        lambda m, v: setattr(m[0].base, "forward", lambda m, x: m.product(x) * v),
+    ),
+    "a static method": (
+        lambda m, x: m.static(m.product(x)),
+        lambda m, v: setattr(Owner, "static", staticmethod(times(v))),
+    ),
+    "a closure's function": scaled_by_a_function(),
+}
+PRODUCT = Owner.product
+
+
 @pytest.mark.parametrize("name", READS)
 def test_what_a_forward_reads_takes_effect_when_it_changes(name):
     forward, change = READS[name]
@@ -408,6 +523,38 @@ def test_compiled_once_and_again_when_a_read_value_changes():
     compiled(x)
     adapted[0].config.scale = 7.0
     torch.testing.assert_close(compiled(x), fg.merge(adapted)(x))
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_a_compiled_forward_reads_takes_effect_too(name):
+    """Nothing that is watched breaks a graph, and nothing is compiled anew while all is what it was."""
+    forward, change = READS[name]
+    layer = owner(forward)
+    type(layer).base = type(layer)
+    model, x = nn.Sequential(layer), torch.randn(3, 4)
+    adapted = perturb(fg.rewrite(model, fg.Spec(fg.LoRA(2), ["0.w"])))
+    before = adapted(x)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(adapted, backend=graphs)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), before)
+    assert graphs.frame_count == 1
+    try:
+        change(adapted, 7.0)
+        after = compiled(x)
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, fg.merge(adapted)(x))
+    finally:
+        change(model, 2.0)
+
+
+def test_a_forward_of_torch_that_was_replaced_is_traced_anew(monkeypatch):
+    spec, x = fg.Spec(fg.LoRA(2), ["0"]), torch.randn(3, 4)
+    fg.rewrite(nn.Sequential(nn.Linear(4, 4)), spec)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: F.linear(x, self.weight, self.bias) * 3)
+    model = nn.Sequential(nn.Linear(4, 4))
+    torch.testing.assert_close(fg.rewrite(model, spec)(x), model(x))
 
 
 def test_a_value_that_changes_at_every_step_leaves_nothing_behind():
