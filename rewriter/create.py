@@ -93,11 +93,10 @@ def graft_adapter(
                     "it, so a bank cannot tell which rows are whose there"
                 )
             without = site.host is not None or bias_slot(modules[site.owner], site) is None
-            if site.bias is None and group.method.adds_bias(site) and without:
+            if site.bias is None and without and (instead := group.method.adds_bias(site)) is not None:
                 raise SpecError(
                     f"{type(group.method).__name__} gives {site.name!r} a bias, and the owner's forward adds none to "
-                    "this product: it could never be merged. Exclude the site, or choose a method without a bias there "
-                    "(GLoRA: a path with C, D and E 'none')"
+                    f"this product: it could never be merged. Exclude the site, or {instead}"
                 )
     for index, (group, tensors) in enumerate(zip(groups, declared, strict=True)):
         _create(adapted, modules, group, tensors, index, name, dtype, update, initialise)

@@ -1,6 +1,6 @@
 """What an adapter method is: a frozen config that declares its tensors and emits its operator.
 
-A method is ONE file under `passes/methods/` with one subclass of `Method`. Nothing outside that file knows its
+A method is one file or one folder under `passes/methods/` with one subclass of `Method`. Nothing outside knows its
 arithmetic: capture, graft, merge, checkpoints and exporters go through this interface.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -68,19 +67,13 @@ ADAPTER_IDS = "adapter_ids"
 
 @dataclass(frozen=True)
 class Method(Config, abc.ABC):
-    """Base of the method configs. Subclasses are frozen dataclasses declared with `class X(Method, key="x")`."""
+    """Base of the method configs. Subclasses are frozen dataclasses declared with `class X(Method, key="x")`.
+
+    A method must say what tensors it has (`declare`), what they start from (`initialise`) and what stands in the graph
+    (`emit`), and give its `factors`, or a `fold` of its own, or reasons why it has neither. The rest has a default.
+    """
 
     key: ClassVar[str] = ""
-    #: why the method cannot be folded into the base weight; None where it can
-    unmergeable: ClassVar[str | None] = None
-    #: why the method is not a low-rank product; None where it is
-    not_low_rank: ClassVar[str | None] = None
-    #: trained vectors over frozen projections: they take a learning rate of their own and no weight decay
-    vectors: ClassVar[tuple[str, ...]] = ()
-    #: fields that count in training or at the start only: given tensors compute the same whatever they say
-    free: ClassVar[tuple[str, ...]] = ("dropout",)
-    #: whether a site's numbers depend on the sites before it (one projection handed out in order)
-    by_order: ClassVar[bool] = False
 
     def __init_subclass__(cls, key: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -91,12 +84,7 @@ class Method(Config, abc.ABC):
     def __deepcopy__(self, memo: Any) -> Method:
         return self
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """What a call brings for it: keyword arguments of the model's forward, which `Emitter.given` reads by name."""
-        return ()
-
-    # -- tensors ---------------------------------------------------------------------------------------------------
+    # -- what a method must say ------------------------------------------------------------------------------------
     @abc.abstractmethod
     def declare(self, sites: Sequence[Site]) -> Declaration:
         """The tensors for these sites; raises `SpecError` where the config does not fit them."""
@@ -107,22 +95,38 @@ class Method(Config, abc.ABC):
     ) -> None:
         """Fill the trainable and frozen tensors in place. Not called on the meta device or before a load."""
 
+    @abc.abstractmethod
+    def emit(self, e: Emitter) -> fx.Node:
+        """Insert the dialect node for one site and return the node that replaces the site's output."""
+
+    def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
+        """`A (r, in)` and `B (out, r)` of one site with `delta W = B A`, every scale folded into B."""
+        raise MergeError(f"{type(self).__name__} is not a low-rank product: {self.not_low_rank}")
+
+    #: why the method is not a low-rank product; None where it is
+    not_low_rank: ClassVar[str | None] = None
+    #: why the method cannot be folded into the base weight; None where it can
+    unmergeable: ClassVar[str | None] = None
+
+    # -- what it may say -------------------------------------------------------------------------------------------
+    #: trained vectors over frozen projections: they take a learning rate of their own and no weight decay
+    vectors: ClassVar[tuple[str, ...]] = ()
+    #: fields that count in training or at the start only: given tensors compute the same whatever they say
+    free: ClassVar[tuple[str, ...]] = ("dropout",)
+    #: whether a site's numbers depend on the sites before it (one projection handed out in order)
+    by_order: ClassVar[bool] = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What a call brings for it: keyword arguments of the model's forward, which `Emitter.given` reads by name."""
+        return ()
+
     def derive(self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors]) -> None:
         """Fill the derived tensors in place from the config alone; few methods have any. Not called on meta."""
 
     def seen_by(self, site: Site, shared: Tensors) -> Tensors:
         """The shared tensors as one site has them: views cut to its size, where they serve sites of several."""
         return shared
-
-    # -- graph -----------------------------------------------------------------------------------------------------
-    @abc.abstractmethod
-    def emit(self, e: Emitter) -> fx.Node:
-        """Insert the dialect node for one site and return the node that replaces the site's output."""
-
-    # -- folding ---------------------------------------------------------------------------------------------------
-    def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
-        """`A (r, in)` and `B (out, r)` of one site with `delta W = B A`, every scale folded into B."""
-        raise MergeError(f"{type(self).__name__} is not a low-rank product: {self.not_low_rank}")
 
     def unscaled(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor, float]:
         """`A`, `B` and a scale with `delta W = scale * B A`, as the method trains them where it has a scale."""
@@ -137,16 +141,15 @@ class Method(Config, abc.ABC):
         A, B = self.factors(shared, local)
         return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias
 
-    def adds_bias(self, site: Site) -> bool:
-        """Whether the adapter changes the bias too, and a bias-free site needs one when it is merged."""
-        return False
+    def adds_bias(self, site: Site) -> str | None:
+        """Where the adapter changes the bias too, and a bias-free site needs one when it is merged: what to choose for
+        a site that can have none. None where the bias stays as it is."""
+        return None
 
-    # -- comparing -------------------------------------------------------------------------------------------------
     def meaning(self) -> dict[str, Any]:
         """What decides, beside the tensors, what an adapter computes; equal for configs that read tensors alike."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.free}
 
-    # -- JSON ------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `method_from_dict` reads it back."""
         return {"method": self.key, **dataclasses.asdict(self)}
@@ -168,44 +171,3 @@ def method_from_dict(data: Mapping[str, Any]) -> Method:
             "Was this written by a newer version of fxgraft?"
         )
     return cls(**values)
-
-
-# -- checks the configs share --------------------------------------------------------------------------------------
-def check_positive_int(config: Method, **values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SpecError(f"{type(config).__name__}({name}={value!r}): allowed are whole numbers from 1 up")
-
-
-def check_positive(config: Method, **values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise SpecError(
-                f"{type(config).__name__}({name}={value!r}): allowed are finite numbers above 0; "
-                "a scale of zero would make the adapter silently do nothing"
-            )
-
-
-def check_dropout(config: Method, dropout: Any) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise SpecError(f"{type(config).__name__}(dropout={dropout!r}): allowed are probabilities from 0 up to below 1")
-
-
-def check_rank(config: Method, rank: int, sites: Sequence[Site], *, strict: bool = False) -> None:
-    """A rank above `min(in, out)` adds parameters and no expressiveness: warn, as such adapters exist and must load.
-
-    Args:
-        strict: for methods whose factors come from an SVD and cannot have more columns: raise `SpecError`.
-    """
-    above = [site for site in sites if rank > min(site.in_features, site.out_features)]
-    if not above:
-        return
-    site = above[0]
-    text = (
-        f"{type(config).__name__}(rank={rank}): {len(above)} site(s) are smaller than the rank, such as {site.name!r} "
-        f"with {site.out_features} x {site.in_features} (out x in), whose rank is at most "
-        f"{min(site.in_features, site.out_features)}; lower the rank, exclude the site, or give it an override"
-    )
-    if strict:
-        raise SpecError(text)
-    warnings.warn(text, stacklevel=6)

@@ -11,19 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ...rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank
 from ...rewriter.dialect import Halves, Traits, cast, operator
 from ...rewriter.emitter import Emitter
-from ...rewriter.method import (
-    Decl,
-    Declaration,
-    InitContext,
-    Method,
-    Tensors,
-    check_dropout,
-    check_positive,
-    check_positive_int,
-    check_rank,
-)
+from ...rewriter.method import Decl, Declaration, InitContext, Method, Tensors
 from ...rewriter.sites import Site
 
 _MANY = 128  # rows from which a transposed copy of B pays

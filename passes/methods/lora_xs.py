@@ -13,20 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ...rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank
 from ...rewriter.dialect import Halves, Traits, cast, operator
 from ...rewriter.emitter import Emitter
 from ...rewriter.errors import SpecError
-from ...rewriter.method import (
-    Decl,
-    Declaration,
-    InitContext,
-    Method,
-    Tensors,
-    check_dropout,
-    check_positive,
-    check_positive_int,
-    check_rank,
-)
+from ...rewriter.method import Decl, Declaration, InitContext, Method, Tensors
 from ...rewriter.sites import Site
 
 R_STD = 1e-5  # section 3: small, so that training starts at the base model, and not zero

@@ -8,27 +8,19 @@ strides are those of the authors' code, `sA = max(q // m, 1)` and `sB = max(q //
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ...rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank
 from ...rewriter.dialect import Halves, Traits, operator, product_with
 from ...rewriter.emitter import Emitter
 from ...rewriter.errors import SpecError
-from ...rewriter.method import (
-    Decl,
-    Declaration,
-    InitContext,
-    Method,
-    Tensors,
-    check_dropout,
-    check_positive,
-    check_positive_int,
-    check_rank,
-)
+from ...rewriter.method import Decl, Declaration, InitContext, Method, Tensors
 from ...rewriter.sites import Site
 
 
@@ -167,6 +159,8 @@ class PRoLoRA(Method, key="prolora"):
     Raises:
         SpecError: a value outside its range, or more chunks than a site has features.
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = {"unshared_rank": "unshared"}
 
     rank: int = 8
     unshared: int = 1

@@ -15,21 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ...rewriter.config_checks import check_dropout, check_positive, check_positive_int
 from ...rewriter.dialect import Halves, Traits, cast, operator
 from ...rewriter.emitter import Emitter
 from ...rewriter.errors import AdapterError, SpecError
 from ...rewriter.forms import Axes, Form
-from ...rewriter.method import (
-    Decl,
-    Declaration,
-    InitContext,
-    Method,
-    Role,
-    Tensors,
-    check_dropout,
-    check_positive,
-    check_positive_int,
-)
+from ...rewriter.method import Decl, Declaration, InitContext, Method, Role, Tensors
 from ...rewriter.sites import Site
 from .by_sample import chosen, no_delta, per_sample
 

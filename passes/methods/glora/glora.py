@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ....rewriter.config_checks import check_positive_int, check_rank
 from ....rewriter.dialect import Traits, operator
 from ....rewriter.emitter import PROVENANCE, Emitter
 from ....rewriter.errors import MergeError, SpecError
-from ....rewriter.method import Decl, Declaration, InitContext, Method, Tensors, check_positive_int, check_rank
+from ....rewriter.method import Decl, Declaration, InitContext, Method, Tensors
 from ....rewriter.sites import Site
 from .path import COLUMNS, PATHS, GLoRAPath, draw_mask, path_from_dict
 from .supernet import scaled_linear
@@ -260,8 +261,9 @@ class GLoRA(Method, key="glora"):
         path = self.path or PATHS[0]
         return path.shapes(site.in_features, site.out_features, self.rank, site.bias is not None)
 
-    def adds_bias(self, site: Site) -> bool:
-        return not {"Cd", "D", "E"}.isdisjoint(self._shapes(site))
+    def adds_bias(self, site: Site) -> str | None:
+        biased = not {"Cd", "D", "E"}.isdisjoint(self._shapes(site))
+        return "choose a path with C, D and E 'none' there, or another method" if biased else None
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
         if self.path is None or "lora" in (self.path.A, self.path.B, self.path.C):

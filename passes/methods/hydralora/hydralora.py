@@ -7,7 +7,7 @@ over: with the experts' B one under the other, the sum is ONE product of `w (x) 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,20 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ....rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank
 from ....rewriter.dialect import Halves, Traits, cast, operator
 from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
-from ....rewriter.method import (
-    Decl,
-    Declaration,
-    InitContext,
-    Method,
-    Tensors,
-    check_dropout,
-    check_positive,
-    check_positive_int,
-    check_rank,
-)
+from ....rewriter.method import Decl, Declaration, InitContext, Method, Tensors
 from ....rewriter.sites import Site
 
 _INPUT_DEPENDENT = (
@@ -100,6 +91,7 @@ class HydraLoRA(Method, key="hydralora"):
 
     unmergeable: ClassVar[str | None] = _INPUT_DEPENDENT
     not_low_rank: ClassVar[str | None] = _INPUT_DEPENDENT
+    elsewhere: ClassVar[Mapping[str, str]] = {"lora_nums": "experts", "num_experts": "experts"}
     free: ClassVar[tuple[str, ...]] = ("dropout", "per_expert_dropout")
 
     rank: int = 4

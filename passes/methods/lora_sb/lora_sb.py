@@ -15,9 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from ....rewriter.config_checks import check_dropout, check_positive_int
 from ....rewriter.emitter import Emitter
 from ....rewriter.errors import AdapterError, SpecError, listing, near_misses
-from ....rewriter.method import Declaration, InitContext, Method, Tensors, check_dropout, check_positive_int
+from ....rewriter.method import Declaration, InitContext, Method, Tensors
 from ....rewriter.sites import Site
 from ..lora_xs import EXACT_UP_TO, NITER, OVERSAMPLE, declare_latent, emit_latent, truncated_svd
 

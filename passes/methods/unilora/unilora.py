@@ -8,7 +8,7 @@ into the vector. Adapters of other programs may bring indices that no seed of ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,21 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ....rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank
 from ....rewriter.dialect import Common, Halves, Traits, cast, operator, product_with
 from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
-from ....rewriter.method import (
-    Decl,
-    Declaration,
-    InitContext,
-    Method,
-    Role,
-    Tensors,
-    check_dropout,
-    check_positive,
-    check_positive_int,
-    check_rank,
-)
+from ....rewriter.method import Decl, Declaration, InitContext, Method, Role, Tensors
 from ....rewriter.sites import Site
 
 SAMPLERS = ("balanced", "uniform", "stored")
@@ -154,6 +144,11 @@ class UniLoRA(Method, key="unilora"):
         SpecError: a value outside its range, a vector longer than the virtual parameters, or `stored` without a load.
     """
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "theta_d_length": "vector_length",
+        "proj_seed": "seed",
+        "init_theta_d_bound": "init_bound",
+    }
     free: ClassVar[tuple[str, ...]] = ("dropout", "init_bound")
     by_order: ClassVar[bool] = True
     vectors: ClassVar[tuple[str, ...]] = ("theta",)
