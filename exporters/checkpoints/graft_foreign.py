@@ -17,8 +17,8 @@ from ...rewriter.method import Method
 from ...rewriter.spec import Spec
 from ...rewriter.state import M, base_modules, unwrap
 from ...rewriter.targets import matches
-from .fill import filled
 from .foreign.foreign_folder import ForeignAdapter, in_model_order
+from .graft_values import filled
 
 
 def graft_foreign(model: M, foreign: ForeignAdapter, name: str, what: str) -> M:

@@ -8,17 +8,16 @@ from pathlib import Path
 
 from torch import nn
 
-from ...backends.artifact.bounded_files import as_path
 from ...rewriter.errors import CheckpointError, SpecError, listing
 from ...rewriter.state import M
-from .fill import check_derived
-from .folder import DERIVED, WEIGHTS, adapter_folder, check_config_is_theirs, read_folder
+from .folder_files import DERIVED, WEIGHTS, check_config_is_theirs, read_folder
 from .foreign.foreign_folder import ForeignFolder
-from .foreign.peft_config import DESCRIPTIVE
+from .foreign.peft_folder import DESCRIPTIVE
 from .foreign.plain_keys import plain_keys
 from .formats import FORMATS
 from .graft_foreign import graft_foreign
-from .native import FORMAT, load_native
+from .graft_values import check_derived
+from .own_format import is_own, load_own
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -40,13 +39,12 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
             f"load_adapter({type(model).__name__}, ...): give an nn.Module or an fx.GraphModule; of an ExportedProgram "
             "that is program.module()"
         )
-    folder = adapter_folder(as_path(directory), name)
-    stored = read_folder(folder)
-    config, tensors, what = stored.config, stored.tensors, f"the adapter in {str(folder)!r}"
+    stored = read_folder(directory, name)
+    config, tensors, what = stored.config, stored.tensors, stored.what
     if not stored.weights:
-        _refuse_pickle(folder)
-    if config.get("format") == FORMAT:
-        return load_native(model, stored, name, what)
+        _refuse_pickle(stored.folder)
+    if is_own(stored):
+        return load_own(model, stored, name)
     if not stored.weights and ("method" in config or "peft_type" in config):
         raise CheckpointError(f"{what}: {WEIGHTS} is missing")
     if "peft_type" in config:
@@ -59,10 +57,10 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
         )
     if format is None:
         raise CheckpointError(
-            f"{str(folder)!r}: the format of this adapter is not known (keys of its config: "
+            f"{str(stored.folder)!r}: the format of this adapter is not known (keys of its config: "
             f"{listing(sorted(config), 12)}; of its tensors: {listing(sorted(tensors))})"
         )
-    check_config_is_theirs(stored, DESCRIPTIVE, what)
+    check_config_is_theirs(stored, DESCRIPTIVE)
     try:
         foreign = format.read(ForeignFolder(config, tensors, model, what))
     except SpecError as error:  # a value in the config that the method does not allow

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from ...rewriter.errors import CheckpointError
-from .native import save_native
+from .own_format import save_own
 from .save_peft import save_peft
 
 FORMATS = ("fxgraft", "peft")
@@ -42,4 +42,4 @@ def save_adapter(
         return save_peft(adapted, directory, name, save_indices)
     if save_indices is not None:
         raise CheckpointError("save_adapter(save_indices=...) is for format='peft'; fxgraft's own always fits")
-    return save_native(adapted, directory, name)
+    return save_own(adapted, directory, name)

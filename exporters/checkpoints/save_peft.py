@@ -19,12 +19,12 @@ from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first, reshard
 from ...rewriter.state import AdapterRecord, grafted_modules, lookup, record_of, unwrap
 from ...rewriter.tensors import adapter_modules
-from .fill import derived_hash
-from .folder import DERIVED, writable, write_folder
+from .folder_files import DERIVED, writable, write_folder
 from .foreign.format import OwnAdapter
 from .foreign.peft_targets import is_linear, saved_names, target_names
 from .foreign.plain_keys import PREFIX
 from .formats import FORMATS
+from .graft_values import derived_hash
 
 
 def save_peft(

@@ -8,17 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...backends.artifact.bounded_files import as_path
 from ...rewriter.adapter_state import AdapterState
 from ...rewriter.state import record_of
 from ...rewriter.switch import base_of
 from ...rewriter.tensors import adapter_state
 from ...rewriter.tensors import swap as swap_state
-from . import folder_state
-from .fill import check_derived
-from .folder import adapter_folder, read_folder
+from .folder_files import read_folder
+from .graft_values import check_derived
 from .load_adapter import load_adapter
-from .native import DERIVED, FORMAT
+from .own_format import DERIVED, is_own, own_state
 
 
 def swap(
@@ -48,13 +46,11 @@ def swap(
 
 def _in_folder(model: nn.Module, directory: str | os.PathLike[str], name: str) -> AdapterState:
     """The state in a folder. Only other programs' folders need the base model, to know what their names mean."""
-    folder = adapter_folder(as_path(directory), name)
-    stored = read_folder(folder)
-    if stored.config.get("format") != FORMAT:
+    stored = read_folder(directory, name)
+    if not is_own(stored):
         return adapter_state(load_adapter(base_of(model), directory, name), name)
-    what = f"the adapter in {str(folder)!r}"
-    there = folder_state.state_of(stored, what)
-    check_derived(model, name, stored.config.get(DERIVED), what)
+    there = own_state(stored)
+    check_derived(model, name, stored.config.get(DERIVED), stored.what)
     return there
 
 

@@ -1,7 +1,7 @@
 """`save_pretrained` of an adapted model: what a training loop calls to save goes to a writer that knows adapters.
 
 The model keeps its own class; the method is an attribute of the instance, which copies and pickles with it. The writer
-itself lives with the checkpoint formats (`exporters/checkpoints/pretrained.py`), which register it here.
+itself lives with the checkpoint formats (`exporters/checkpoints/save_pretrained.py`), which register it here.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ tensor and config entry or raises; that the rest fits the model is checked after
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +63,12 @@ class OwnAdapter:
         """What PEFT's `fan_in_fan_out` says."""
         return any(is_conv1d(lookup(self.root, site.owner)) for site in self.record.sites)
 
-    def one(self, values: Mapping[str, Any], field: str) -> Any:
+    def one(self, values: Iterable[Any], field: str) -> Any:
         """The value all sites share."""
-        if len(found := set(values.values())) > 1:
-            raise CheckpointError(f"{self.what}: PEFT has one {field} per adapter, this one has {sorted(found)}")
-        return next(iter(values.values()))
+        first, *others = sorted(set(values))
+        if others:
+            raise CheckpointError(f"{self.what}: PEFT has one {field} per adapter, this one has {[first, *others]}")
+        return first
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Format:
             (`X.<name>`, `X.<name>.<adapter>`, `X.<name>.<adapter>.<leaf>`).
         leaves: what may stand behind such a part beside `weight` and `bias`.
         peft_type: of a format of PEFT's own, which is known by it.
-        marks: of the others: whether a folder is in this format.
+        key, entry: what the others are known by: a regular expression found in one of the tensors' keys, or
+            what is to be seen in the config.
         method: what `write` writes, in PEFT's format.
         has_indices: whether `save_indices` means something to it.
     """
@@ -88,11 +91,14 @@ class Format:
     names: str = ""
     leaves: tuple[str, ...] = ()
     peft_type: str = ""
-    marks: Callable[[Config, Tensors], bool] | None = None
+    key: str = "(?!)"
+    entry: Callable[[Config], bool] = lambda config: False
     method: type[Method] | None = None
     write: Callable[[OwnAdapter], Written] | None = None
     has_indices: bool = False
 
     def knows(self, config: Config, tensors: Tensors) -> bool:
         """Whether a folder is in this format. Tensors of a PEFT-like folder come under `plain_keys`."""
-        return self.marks(config, tensors) if self.marks else config.get("peft_type") == self.peft_type
+        if self.peft_type:
+            return bool(config.get("peft_type") == self.peft_type)
+        return self.entry(config) or any(re.search(self.key, key) for key in tensors)

@@ -17,12 +17,8 @@ from torch import Tensor
 from ....passes.methods.glora.glora import GLoRA
 from ....passes.methods.glora.path import CHOICES, GLoRAPath
 from ....rewriter.errors import CheckpointError, listing
-from ..foreign.foreign_folder import Config, ForeignAdapter, ForeignFolder, Tensors
+from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder, Tensors
 from ..foreign.format import Format
-
-
-def marks(config: Config, tensors: Tensors) -> bool:
-    return config.get("method") == "glora"
 
 
 def read(folder: ForeignFolder) -> ForeignAdapter:
@@ -89,4 +85,4 @@ def _part(tensor: Tensor, name: str, choice: str, rank: int, most: int) -> Tenso
     return torch.cat([tensor[:rank], tensor.new_zeros(pad, tensor.shape[1])])
 
 
-FORMAT = Format(read, marks=marks)
+FORMAT = Format(read, entry=lambda config: config.get("method") == "glora")

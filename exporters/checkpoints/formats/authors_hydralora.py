@@ -10,14 +10,9 @@ import torch
 
 from ....passes.methods.hydralora.hydralora import HydraLoRA
 from ....rewriter.errors import CheckpointError
-from ..foreign.foreign_folder import Config, ForeignAdapter, ForeignFolder, Tensors
+from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format
-from ..foreign.peft_config import check_config
-from ..foreign.peft_sites import check_sites, peft_sites
-
-
-def marks(config: Config, tensors: Tensors) -> bool:
-    return config.get("lora_nums") is not None or any(key.endswith(".lora_route.weight") for key in tensors)
+from ..foreign.peft_folder import check_config, check_sites, peft_sites
 
 
 def read(folder: ForeignFolder) -> ForeignAdapter:
@@ -45,4 +40,9 @@ def read(folder: ForeignFolder) -> ForeignAdapter:
     return ForeignAdapter(dict.fromkeys(sites, method), values, train)
 
 
-FORMAT = Format(read, names=r"lora_route|lora_[AB]\d*", marks=marks)
+FORMAT = Format(
+    read,
+    names=r"lora_route|lora_[AB]\d*",
+    key=r"\.lora_route\.weight$",
+    entry=lambda config: config.get("lora_nums") is not None,
+)

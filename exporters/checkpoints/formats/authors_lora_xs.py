@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from ....passes.methods.lora_xs import LoRAXS
 from ....rewriter.errors import CheckpointError
-from ..foreign.foreign_folder import Config, ForeignAdapter, ForeignFolder, Tensors
+from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format
-from ..foreign.peft_config import check_config
-from ..foreign.peft_sites import check_sites, peft_sites
+from ..foreign.peft_folder import check_config, check_sites, peft_sites
 from .peft_lora import FIELDS, lora_at
 
 MAPPING = "lora_latent_mapping"
-
-
-def marks(config: Config, tensors: Tensors) -> bool:
-    return any(MAPPING in key for key in tensors)
 
 
 def read(folder: ForeignFolder) -> ForeignAdapter:
@@ -41,4 +36,4 @@ def read(folder: ForeignFolder) -> ForeignAdapter:
     return ForeignAdapter(methods, values, train)
 
 
-FORMAT = Format(read, marks=marks)
+FORMAT = Format(read, key=MAPPING)

@@ -15,10 +15,9 @@ from torch import Tensor
 from ....passes.methods.lora import LoRA
 from ....passes.methods.prolora import PRoLoRA, expand
 from ....rewriter.errors import CheckpointError
-from ..foreign.foreign_folder import Config, ForeignAdapter, ForeignFolder, Tensors
+from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder, Tensors
 from ..foreign.format import Format
-from ..foreign.peft_config import check_config
-from ..foreign.peft_sites import check_sites, peft_sites
+from ..foreign.peft_folder import check_config, check_sites, peft_sites
 from ..foreign.peft_targets import is_conv1d, is_linear
 
 # init2zero_via_vec and enable_lora_bias are not among them: only without them are the tensors what they are here
@@ -34,10 +33,6 @@ NAMES = {
     "lora_A_vec": "A_unshared",
     "lora_B_vec": "B_unshared",
 }
-
-
-def marks(config: Config, tensors: Tensors) -> bool:
-    return bool({"reduce_lora_A_x", "unshared_r"} & set(config)) or any(".lora_A_vec" in key for key in tensors)
 
 
 def read(folder: ForeignFolder) -> ForeignAdapter:
@@ -109,4 +104,9 @@ def _expanded(
     return {"A": A, "B": B}
 
 
-FORMAT = Format(read, names="lora_[AB]_vec", marks=marks)
+FORMAT = Format(
+    read,
+    names="lora_[AB]_vec",
+    key=r"\.lora_A_vec",
+    entry=lambda config: not {"reduce_lora_A_x", "unshared_r"}.isdisjoint(config),
+)

@@ -9,23 +9,19 @@ they are, and open as a LoRA.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from ....passes.methods.lora import LoRA
 from ....passes.methods.unilora.unilora import UniLoRA
-from ..foreign.foreign_folder import Config, ForeignAdapter, ForeignFolder, Tensors
+from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format
-from ..foreign.peft_config import check_config
-from ..foreign.peft_sites import check_sites, peft_sites
+from ..foreign.peft_folder import check_config, check_sites, peft_sites
 from ..foreign.unilora_indices import Pairs, not_counts, pairs, stored_unilora
 
 BANK = "base_model.unilora_vector_bank"
-
-
-def marks(config: Config, tensors: Tensors) -> bool:
-    return BANK in tensors or any(".unilora_logits_" in key for key in tensors)
 
 
 def read(folder: ForeignFolder) -> ForeignAdapter:
@@ -77,4 +73,4 @@ def opened(
     return ForeignAdapter(dict.fromkeys(indices, lora), factors, train, warning)
 
 
-FORMAT = Format(read, names=r"unilora_\w+", marks=marks)
+FORMAT = Format(read, names=r"unilora_\w+", key=rf"^{re.escape(BANK)}$|\.unilora_logits_")

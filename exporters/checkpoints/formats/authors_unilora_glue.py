@@ -12,27 +12,19 @@ import torch
 
 from ....passes.methods.unilora.unilora import UniLoRA
 from ....rewriter.errors import CheckpointError, listing
-from ..foreign.foreign_folder import Config, ForeignAdapter, ForeignFolder, Tensors
+from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format
-from ..foreign.peft_sites import check_sites
+from ..foreign.peft_folder import check_sites
 from ..foreign.stored_modules import base_weights
 from ..foreign.unilora_indices import pairs
 from .authors_unilora import opened
-
-
-def marks(config: Config, tensors: Tensors) -> bool:
-    return config.get("method") == "unilora" or any(_is_bank(key) for key in tensors)
-
-
-def _is_bank(key: str) -> bool:
-    return key.split(".")[-1] == "vector_bank"
 
 
 def read(folder: ForeignFolder) -> ForeignAdapter:
     what = folder.what
     folder.only_entries({"method", "rank", "vector_length", "target_modules"})
     method = UniLoRA(rank=folder.value("rank", int), vector_length=folder.value("vector_length", int))
-    banks = {key: t for key, t in folder.tensors.items() if _is_bank(key)}
+    banks = {key: t for key, t in folder.tensors.items() if key.split(".")[-1] == "vector_bank"}
     theta = next(iter(banks.values()), None)
     rest = {key: t for key, t in folder.tensors.items() if key not in banks}
     sites, rest = folder.by_site(rest, r"(?P<site>.+)\.(?P<name>(project_params|norm_factor)_[AB])")
@@ -53,4 +45,4 @@ def read(folder: ForeignFolder) -> ForeignAdapter:
     return opened(folder, method, theta, indices, norms[0] if norms else None, train, values)
 
 
-FORMAT = Format(read, marks=marks)
+FORMAT = Format(read, key=r"(^|\.)vector_bank$", entry=lambda config: config.get("method") == "unilora")

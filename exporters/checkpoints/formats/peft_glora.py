@@ -12,8 +12,7 @@ from ....passes.methods.glora.path import CHOICES, GLoRAPath
 from ....rewriter.errors import CheckpointError, listing
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format, OwnAdapter, Written
-from ..foreign.peft_config import check_config
-from ..foreign.peft_sites import check_sites, peft_sites
+from ..foreign.peft_folder import check_config, check_sites, peft_sites
 from ..foreign.plain_keys import PREFIX
 
 LEAVES = ("Xd", "Xu", "X", "zeros")
@@ -60,7 +59,7 @@ def write(adapter: OwnAdapter) -> Written:
         raise CheckpointError(f"{what}: PEFT has no supernet; fg.fix_paths(adapted, paths) gives every site one path")
     if other := [site.name for site in record.sites if site.form != "linear"]:
         raise CheckpointError(f"{what}: PEFT's GLoRA takes nn.Linear only, and not {listing(other)}")
-    paths: dict[bool, dict[str, GLoRAPath]] = {True: {}, False: {}}
+    paths: dict[bool, list[GLoRAPath]] = {True: [], False: []}
     for site in record.sites:
         path, biased = methods[site.name].path, site.bias is not None
         here = path if biased else replace(path, D="none")  # nothing to scale there
@@ -69,14 +68,14 @@ def write(adapter: OwnAdapter) -> Written:
                 f"{what}: {site.name!r} has {path}, and PEFT knows one choice for A and B, one for D and E, and "
                 "neither C, D nor E where the base has no bias. fg.merge(adapted) folds any path into the model"
             )
-        paths[biased][site.name] = here
-    none = {"": GLoRAPath("none", "none", "none", "none", "none")}
+        paths[biased].append(here)
+    on_biased = paths[True] or [GLoRAPath("none", "none", "none", "none", "none")]
     fields = {
         "peft_type": "GLORA",
-        "r": adapter.one({n: m.rank for n, m in methods.items()}, "r"),
-        "config_A_B": adapter.one({n: p.A for group in paths.values() for n, p in group.items()}, "config_A_B"),
-        "config_C": adapter.one({n: p.C for n, p in (paths[True] or none).items()}, "config_C"),
-        "config_D_E": adapter.one({n: p.E for n, p in (paths[True] or none).items()}, "config_D_E"),
+        "r": adapter.one((m.rank for m in methods.values()), "r"),
+        "config_A_B": adapter.one((p.A for p in paths[True] + paths[False]), "config_A_B"),
+        "config_C": adapter.one((p.C for p in on_biased), "config_C"),
+        "config_D_E": adapter.one((p.E for p in on_biased), "config_D_E"),
     }
     tensors = {}
     for site in record.sites:

@@ -10,8 +10,7 @@ from ....passes.methods.lora import LoRA
 from ....rewriter.errors import CheckpointError, listing
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format, OwnAdapter, Written
-from ..foreign.peft_config import check_config
-from ..foreign.peft_sites import check_sites, peft_sites
+from ..foreign.peft_folder import check_config, check_sites, peft_sites
 from ..foreign.peft_targets import attention_outputs, pattern_value
 from ..foreign.plain_keys import PREFIX
 
@@ -71,7 +70,7 @@ def write(adapter: OwnAdapter) -> Written:
         "peft_type": "LORA",
         "r": common.rank,
         "lora_alpha": _number(common.alpha),
-        "lora_dropout": adapter.one({n: m.dropout for n, m in methods.items()}, "lora_dropout"),
+        "lora_dropout": adapter.one((m.dropout for m in methods.values()), "lora_dropout"),
         "use_rslora": common.rslora,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,

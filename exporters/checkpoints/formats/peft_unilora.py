@@ -14,8 +14,7 @@ from ....rewriter.errors import CheckpointError
 from ....rewriter.state import base_modules, unwrap
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format, OwnAdapter, Written
-from ..foreign.peft_config import check_config
-from ..foreign.peft_sites import check_sites, peft_sites
+from ..foreign.peft_folder import check_config, check_sites, peft_sites
 from ..foreign.peft_targets import told_names
 from ..foreign.plain_keys import PREFIX
 from ..foreign.unilora_indices import flat, not_counts, pairs, stored_unilora

@@ -243,7 +243,7 @@ def test_a_failure_half_way_keeps_the_old_adapter(saved, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fxgraft.exporters.checkpoints.folder.save_file", refuse)
+    monkeypatch.setattr("fxgraft.exporters.checkpoints.folder_files.save_file", refuse)
     with pytest.raises(fg.CheckpointError, match="No space left"):
         fg.save_adapter(perturb(adapted), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -25,7 +25,7 @@ from ...rewriter.modules.save_hook import SAVE, is_adapter_key, register_writers
 from ...rewriter.modules.shards import full, is_sharded, on_first
 from ...rewriter.state import base_modules, state_of
 from ...rewriter.tensors import _live_state
-from .native import save_native
+from .own_format import save_own
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)\b.*\.(safetensors|bin|index\.json)")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # what transformers' Trainer calls the folders it writes again
@@ -116,7 +116,7 @@ def _save_adapters(root: nn.Module, directory: Path, values: Mapping[str, Tensor
         live = _live_state(root, name)
         kept.update(map(id, live.values()))
         given = {n: values[keys[id(t)]] for n, t in live.items() if keys.get(id(t)) in values}
-        save_native(root, directory / name, name, given)
+        save_own(root, directory / name, name, given)
     loose = [n for n, p in root.named_parameters() if p.requires_grad and id(p) not in kept]
     if loose:
         _warn(

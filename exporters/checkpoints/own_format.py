@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...backends.aot.loaded_package import register_folder_reader
+from ...rewriter.adapter_state import AdapterState, SiteMethod
 from ...rewriter.errors import CheckpointError, SpecError, listing
 from ...rewriter.graft_plan import Plan
+from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first
 from ...rewriter.spec import Spec
 from ...rewriter.state import M, record_of, unwrap
+from ...rewriter.targets import matches
 from ...rewriter.tensors import _live_state
-from .fill import check_derived, derived_hash, filled
-from .folder import CONFIG, WEIGHTS, Stored, check_config_is_theirs, writable, write_folder
+from .folder_files import CONFIG, WEIGHTS, Stored, check_config_is_theirs, read_folder, writable, write_folder
+from .graft_values import check_derived, derived_hash, filled
 
 FORMAT, FORMAT_VERSION = "fxgraft", 1
 DERIVED = "derived"  # entry of the config: a hash of what follows from it
@@ -30,7 +34,7 @@ ABOUT = frozenset({"versions"})
 Size = tuple[int, int]
 
 
-def save_native(
+def save_own(
     adapted: nn.Module,
     directory: str | os.PathLike[str],
     name: str = "default",
@@ -70,15 +74,19 @@ def save_native(
     return Path(directory)
 
 
-def load_native(model: M, stored: Stored, name: str, what: str) -> M:
+def is_own(stored: Stored) -> bool:
+    """Whether a folder is in this format."""
+    return stored.config.get("format") == FORMAT
+
+
+def load_own(model: M, stored: Stored, name: str) -> M:
     """Graft an adapter of ours; the input model is not changed, and nothing is returned unless all of it fits.
 
     Raises:
         CheckpointError: the files are damaged, of a newer version, or made for another model.
     """
-    config = stored.config
-    spec, sites = read_spec(stored, what)
-    check_config_is_theirs(stored, ABOUT, what)
+    what = stored.what
+    spec, sites = _read_spec(stored)
 
     def fits(plan: Plan) -> None:
         here = {site.name: (site.out_features, site.in_features) for site in plan.sites}
@@ -88,7 +96,7 @@ def load_native(model: M, stored: Stored, name: str, what: str) -> M:
     kind = type(unwrap(model)).__name__
     hint = "The adapter was saved for another model or by another program"
     adapted = filled(model, spec, name, stored.tensors, what, order=list(sites), fits=fits, hint=hint, keep=True)
-    check_derived(adapted, name, config.get(DERIVED), what)
+    check_derived(adapted, name, stored.config.get(DERIVED), what)
     return adapted
 
 
@@ -103,9 +111,9 @@ def _other_model(there: Mapping[str, Size], here: Mapping[str, Size], what: str)
     )
 
 
-def read_spec(stored: Stored, what: str) -> tuple[Spec, dict[str, Size]]:
+def _read_spec(stored: Stored) -> tuple[Spec, dict[str, Size]]:
     """The spec of a folder of ours, and its sites `(out, in)` in the order they count in."""
-    config = stored.config
+    config, what = stored.config, stored.what
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -119,7 +127,9 @@ def read_spec(stored: Stored, what: str) -> tuple[Spec, dict[str, Size]]:
         spec = Spec.from_dict(config["spec"])
     except SpecError as error:
         raise CheckpointError(f"{what}: {error}") from error
-    return spec, _sites(config["sites"], what)
+    sites = _sites(config["sites"], what)
+    check_config_is_theirs(stored, ABOUT)
+    return spec, sites
 
 
 def _sites(given: Mapping[str, Any], what: str) -> dict[str, Size]:
@@ -127,3 +137,35 @@ def _sites(given: Mapping[str, Any], what: str) -> dict[str, Size]:
         if not isinstance(shape, list) or [type(size) for size in shape] != [int, int]:
             raise CheckpointError(f"{what}: the site {name!r} in its {CONFIG} is {shape!r}, expected [out, in]")
     return {name: (out_features, in_features) for name, (out_features, in_features) in given.items()}
+
+
+def read_state(directory: str | os.PathLike[str]) -> AdapterState:
+    """The tensors of a folder that `save_adapter` wrote in fxgraft's format, with the methods they are of.
+
+    Raises:
+        CheckpointError: the folder is damaged, or another program's: its names mean something only beside the model.
+    """
+    stored = read_folder(directory)
+    if not is_own(stored):
+        raise CheckpointError(
+            f"{stored.what} is not in fxgraft's own format: load it with fg.load_adapter(model, folder) and give the "
+            "fg.adapter_state of that"
+        )
+    return own_state(stored)
+
+
+def own_state(stored: Stored) -> AdapterState:
+    """The state in a folder of ours, without the model: for whoever has none, such as a package."""
+    spec, sites = _read_spec(stored)
+    groups: dict[Method, int] = {}
+    methods = {}
+    for name, (out_features, in_features) in sites.items():
+        names = (name, name.partition("[")[0])  # a part of a fused weight answers to the weight's name too
+        hits = [m for pattern, m in spec.overrides.items() if any(matches(n, pattern) for n in names)]
+        method = hits[0] if hits else spec.method
+        group = groups.setdefault(method, len(groups))
+        methods[name] = SiteMethod(method, out_features, in_features, group)
+    return AdapterState(stored.tensors, methods)
+
+
+register_folder_reader(read_state)

@@ -52,10 +52,16 @@ class Stored:
         weights: whether there is a tensors' file.
     """
 
+    folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     metadata: Mapping[str, str]
     weights: bool
+
+    @property
+    def what(self) -> str:
+        """Subject of the error texts."""
+        return f"the adapter in {str(self.folder)!r}"
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -129,13 +135,14 @@ def _hash_of(config: Path) -> str:
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
-def read_folder(directory: str | os.PathLike[str]) -> Stored:
-    """The adapter in a folder, whoever wrote it: one that was there at one moment.
+def read_folder(directory: str | os.PathLike[str], name: str = "default") -> Stored:
+    """The adapter in a folder, whoever wrote it: one that was there at one moment. Of a folder with an adapter in each
+    of its folders it is the only one, or the one called `name`.
 
     Raises:
         CheckpointError: no folder of an adapter, a damaged file, or tensors and config of two adapters.
     """
-    folder = as_path(directory)
+    folder = _adapter_folder(as_path(directory), name)
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_PAUSE)
@@ -164,7 +171,7 @@ def _read(folder: Path, text: bytes) -> Stored:
             f"{str(folder / WEIGHTS)!r} is damaged or was changed: its tensors are not those it was saved with. "
             f"Where the change is meant, safetensors.torch.save_file(tensors, ...) writes them without that record"
         )
-    return Stored(parse_json(text, folder / CONFIG), tensors, metadata, weights)
+    return Stored(folder, parse_json(text, folder / CONFIG), tensors, metadata, weights)
 
 
 def _unchanged(folder: Path, config: Identity, weights: Identity | None) -> bool:
@@ -175,7 +182,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def adapter_folder(directory: Path, name: str = "default") -> Path:
+def _adapter_folder(directory: Path, name: str) -> Path:
     """The folder itself if it holds an adapter, or the one inside it that does; `name` tells between several."""
     try:
         if (directory / CONFIG).is_file() or not directory.is_dir():
@@ -202,7 +209,7 @@ def read_config_bytes(folder: Path) -> tuple[bytes, Identity]:
         raise CheckpointError(f"{str(folder)!r} is not an adapter folder: it has no {CONFIG}") from error
 
 
-def check_config_is_theirs(stored: Stored, about: frozenset[str], what: str) -> None:
+def check_config_is_theirs(stored: Stored, about: frozenset[str]) -> None:
     """Raise where the config was changed after the tensors' file that repeats it was written.
 
     Args:
@@ -214,8 +221,8 @@ def check_config_is_theirs(stored: Stored, about: frozenset[str], what: str) -> 
     known = {*saved, *stored.config} - about
     if changed := sorted(k for k in known if saved.get(k) != stored.config.get(k)):
         raise CheckpointError(
-            f"{what}: {listing(changed)} in its {CONFIG} is not what it was saved with: the file was changed, damaged, "
-            "or belongs to another adapter. Where the change is meant, write the tensors without that record: "
+            f"{stored.what}: {listing(changed)} in its {CONFIG} is not what it was saved with: the file was changed, "
+            "damaged, or belongs to another adapter. Where the change is meant, write the tensors without that record: "
             "safetensors.torch.save_file(safetensors.torch.load_file(file), file)"
         )
 

@@ -20,7 +20,7 @@ from ...rewriter.graft_plan import Plan
 from ...rewriter.spec import Spec
 from ...rewriter.state import M, record_of, unwrap
 from ...rewriter.tensors import adapter_modules, adapter_state, check_shapes, check_state, write_state
-from .folder import update_hash
+from .folder_files import update_hash
 
 _DERIVED_FREE = 1 << 24  # elements that cost nobody anything
 _DERIVED_PER_WEIGHT = 4  # an adapter derives a fraction of the weights it adapts
