@@ -29,9 +29,9 @@ def save_adapter(
 
     Args:
         directory: made if needed; an adapter already there is replaced once the new one is complete.
-        format: `fxgraft` (every method) or `peft` (what HF PEFT can open: LoRA, Uni-LoRA and GLoRA).
-        save_indices: for Uni-LoRA in the format `peft`: whether its indices are stored beside the vector. None stores
-            them only where PEFT would not derive the same ones from the seed.
+        format: `fxgraft` (every method) or `peft` (what HF PEFT can open: LoRA, Uni-LoRA, VeRA, GLoRA).
+        save_indices: in the format `peft`: whether what follows from a seed is stored too, Uni-LoRA's indices, VeRA's A
+            and B. None stores them only where PEFT would not derive the same ones.
 
     Raises:
         CheckpointError: the folder cannot be written, the values are not finite, or the format cannot hold the method.

@@ -33,8 +33,8 @@ def save_peft(
     """Write one adapter so that `peft.PeftModel.from_pretrained` opens it, and return the folder.
 
     Args:
-        save_indices: Uni-LoRA only: store the indices and scales beside the vector. None stores them only where PEFT
-            would not derive the same ones from the seed.
+        save_indices: store what follows from a seed too: Uni-LoRA's indices and scales, VeRA's A and B. None stores
+            them only where PEFT would not derive the same ones.
 
     Raises:
         CheckpointError: PEFT cannot hold this adapter; the text says why, and names `to_lora` where that is exact.

@@ -14,6 +14,7 @@ from torch import nn
 import fxgraft as fg
 
 peft = pytest.importorskip("peft")
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
 
 
 class Nested(nn.Module):
@@ -111,6 +112,10 @@ OUT = {
     "unilora on Conv1D": ("gpt2", fg.Spec(fg.UniLoRA(2, 50, init_bound=0.3), ["c_attn", "c_proj"])),
     "unilora of independent draws": ("bert", fg.Spec(fg.UniLoRA(2, 60, sampler="uniform", init_bound=0.3), QV)),
     "unilora on one of two": ("nested", fg.Spec(fg.UniLoRA(2, 20, init_bound=0.5), ["re:proj"])),
+    "vera": ("bert", fg.Spec(fg.VeRA(8, seed=3), [*QV, "output.dense"], train=["classifier"])),
+    "vera with its projection": ("bert", fg.Spec(fg.VeRA(40, projection="stored"), ["dense"])),
+    "vera on Conv1D": ("gpt2", fg.Spec(fg.VeRA(5), ["c_attn", "c_proj"])),
+    "vera on one of two": ("nested", fg.Spec(fg.VeRA(4, d_initial=1), ["re:proj"])),
     "glora": ("bert", fg.Spec(fg.GLoRA(3, path("lora", "lora", "lora", "vector", "vector")), QV, train=["classifier"])),
     "glora of vectors": ("bert", fg.Spec(fg.GLoRA(2, path("vector", "vector", "vector", "constant", "constant")), QV)),
     "glora of constants": ("bert", fg.Spec(fg.GLoRA(2, path("constant", "constant", "none", "vector", "vector")), QV)),
@@ -187,6 +192,8 @@ def test_to_lora_opens_in_peft(bert, ids, tmp_path, method):
         (fg.Spec(fg.LoRA(2), QV, overrides={"value": fg.UniLoRA(2, 9)}), {}, "one method, this one has.*to_lora"),
         (fg.Spec(fg.UniLoRA(2, 9), QV, overrides={"value": fg.UniLoRA(2, 8)}), {}, "one vector .*has 2.*to_lora"),
         (fg.Spec(fg.UniLoRA(2, 9, sampler="uniform"), QV), {"save_indices": False}, "would derive others"),
+        (fg.Spec(fg.VeRA(2), QV, overrides={"value": fg.VeRA(3)}), {}, "one projection .*has 2.*to_lora"),
+        (fg.Spec(fg.VeRA(2, projection="stored"), QV), {"save_indices": False}, "would draw others"),
         (fg.Spec(fg.LoRA(2), QV), {"save_indices": True}, "save_indices is for Uni-LoRA, and this is LoRA"),
         (fg.Spec(fg.LoRA(2), QV, overrides={"value": fg.LoRA(2, dropout=0.5)}), {}, "one lora_dropout"),
         (fg.Spec(fg.GLoRA(2), QV), {}, "no supernet; fg.fix_paths"),
@@ -252,6 +259,10 @@ def unilora(**options):
     return peft.UniLoraConfig(r=3, theta_d_length=70, init_theta_d_bound=0.4, **options)
 
 
+def vera(**options):
+    return peft.VeraConfig(r=6, projection_prng_key=options.pop("seed", 2), d_initial=0.5, **options)
+
+
 def glora(**options):
     return peft.GloraConfig(r=3, **options)
 
@@ -298,6 +309,12 @@ IN = {
     "unilora with indices and a head": (
         "bert", lambda: unilora(target_modules=QV, save_indices=True, modules_to_save=["classifier"])),
     "unilora on Conv1D": ("gpt2", lambda: unilora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "vera": ("bert", lambda: vera(target_modules=QV)),
+    "vera without its projection": ("bert", lambda: vera(target_modules=["dense"], save_projection=False)),
+    "vera everywhere, one layer, a head": (
+        "bert",
+        lambda: vera(target_modules="all-linear", task_type="SEQ_CLS", layers_to_transform=1, vera_dropout=0.1)),
+    "vera on Conv1D": ("gpt2", lambda: vera(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, seed=0)),
     "glora": ("bert", lambda: glora(target_modules=QV, modules_to_save=["classifier"])),
     "glora, vectors": ("bert", lambda: glora(target_modules=QV, config_A_B="vector", config_D_E="vector")),
     "glora, constants": ("bert", lambda: glora(target_modules=["dense"], config_A_B="constant", config_C="vector")),
@@ -335,7 +352,8 @@ def test_we_open_what_peft_saves(models, tmp_path, case):
     # what we write back is what PEFT wrote, and our own format keeps it too
     fg.save_adapter(loaded, tmp_path / "own", name="theirs")
     assert torch.equal(call(fg.load_adapter(model, tmp_path / "own")), call(loaded))
-    options = {"save_indices": True} if getattr(config(), "save_indices", False) else {}
+    stored = getattr(config(), "save_indices", False) or getattr(config(), "save_projection", False)
+    options = {"save_indices": True} if stored else {}
     fg.save_adapter(loaded, tmp_path / "back", name="theirs", format="peft", **options)
     ours, theirs = load_file(tmp_path / "back" / WEIGHTS), load_file(tmp_path / WEIGHTS)
     assert set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -413,8 +431,47 @@ def test_stored_indices_survive(bert, ids, tmp_path):
         fg.rewrite(bert, fg.Spec(fg.UniLoRA(3, 70, sampler="stored"), QV))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_stored_projection_survives(bert, ids, tmp_path):
+    """One that no seed gives and that is larger than the layers, as PEFT gives a second adapter the first one's."""
+    trained_in_peft(bert, vera(target_modules=QV), tmp_path / "a")
+    larger = {"base_model.vera_A": torch.randn(6, 40), "base_model.vera_B": torch.randn(50, 6)}
+    edit_tensors(tmp_path / "a", lambda t: t.update(larger))
+    loaded = fg.load_adapter(bert, tmp_path / "a")
+    state = fg.adapter_state(loaded)
+    assert torch.equal(state["A"], larger["base_model.vera_A"][:, :32])
+    assert torch.equal(state["B"], larger["base_model.vera_B"][:32])
+    assert [n for n, p in loaded.named_parameters() if p.requires_grad and n[-2:] not in (".d", ".b")] == []
+    fg.save_adapter(loaded, tmp_path / "own")
+    assert torch.equal(fg.load_adapter(bert, tmp_path / "own")(ids).logits, loaded(ids).logits)
+    fg.save_adapter(loaded, tmp_path / "back", format="peft")
+    torch.testing.assert_close(open_in_peft(bert, tmp_path / "back")(ids).logits, loaded(ids).logits)
+    torch.testing.assert_close(fg.merge(loaded)(ids).logits, loaded(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "config", "says"),
+    [
+        (lambda t: t.pop("base_model.vera_B"), {}, r"lacks 1 tensor\(s\): 'base_model.vera_B'"),
+        (lambda t: t.update({"base_model.vera_A": torch.randn(6, 31)}), {}, r"vera_A is \(6, 31\).*at least \(6, 32\)"),
+        (lambda t: t.update({"base_model.vera_A": torch.randn(7, 32)}), {}, r"vera_A is \(7, 32\)"),
+        (lambda t: None, {"r": 7}, r"at least \(7, 32\)"),
+        (lambda t: None, {"projection_prng_key": 3, "save_projection": False}, "one of both is not the adapter's"),
+        (lambda t: None, {"projection_prng_key": -3}, "seed"),
+        (lambda t: t.update({f"{QUERY}.vera_lambda_d": torch.randn(5)}), {}, "vera_lambda_d|query.d"),
+        (lambda t: t.pop(f"{QUERY}.vera_lambda_b"), {}, "query: b"),
+    ],
+)
+def test_vera_folders_that_are_not_right(bert, tmp_path, change, config, says):
+    trained_in_peft(bert, vera(target_modules=QV), tmp_path)
+    edit_tensors(tmp_path, change)
+    edit(tmp_path, **config)
+    with pytest.raises(fg.CheckpointError, match=says):
+        fg.load_adapter(bert, tmp_path)
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------
-QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
 CONFIGS = {
     "bias": ("lora", {"bias": "all"}, "bias='all'.*not supported"),
     "dora": ("lora", {"use_dora": True}, "use_dora=True.*merge it in PEFT"),
