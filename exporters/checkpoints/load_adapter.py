@@ -25,7 +25,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "default") -> M:
     """Graft a saved adapter and return the adapted model; the input model is not changed.
 
-    Opens fxgraft's own folders, HF PEFT's (LoRA, Uni-LoRA, GLoRA), and those of the authors' code of HydraLoRA,
+    Opens fxgraft's own folders, HF PEFT's (LoRA, Uni-LoRA, VeRA, GLoRA), and those of the authors' code of HydraLoRA,
     PRoLoRA, LoRA-XS, LoRA-SB, GLoRA and Uni-LoRA, told apart by their keys. Every tensor and every config entry is
     used or refused; one is ignored only where it cannot change what the model computes. Of a folder with an adapter in
     each of its folders (`save_pretrained`, a Trainer's checkpoint) it opens the only one, or the one called `name`.

@@ -15,8 +15,7 @@ from ....passes.methods.vera import VeRA, draw
 from ....rewriter.errors import CheckpointError
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder, Sites
 from ..foreign.format import Format, OwnAdapter, Written
-from ..foreign.peft_config import check_config
-from ..foreign.peft_sites import check_sites, peft_sites
+from ..foreign.peft_folder import check_config, check_sites, peft_sites
 from ..foreign.peft_targets import is_conv1d
 from ..foreign.plain_keys import PREFIX
 
