@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from .active_together import check_together, chosen_weights
@@ -15,6 +16,7 @@ from .capture.skeleton import copy_skeleton
 from .errors import AdapterError
 from .graft import ADAPTERS, check_forward, drop_adapter, planned
 from .grafted_class import HOSTED, restore_class
+from .modules.compiled_parts import tell_from_compiled
 from .modules.fast_paths import set_fast_paths
 from .modules.reach import watch
 from .modules.save_hook import release_saving
@@ -132,7 +134,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
             "disabled(DataParallel): its replicas run in threads of their own, which the block does not reach; use "
             "DistributedDataParallel, or set_active(model, [])"
         )
-    with turned_off(state_of(model).switch):
+    state = state_of(model)
+    if torch.is_grad_enabled():
+        tell_from_compiled(unwrap(model))
+    with turned_off(state.switch):
         yield
 
 

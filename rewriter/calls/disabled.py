@@ -76,7 +76,7 @@ def base_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not captured():
-            _tell_recomputations()
+            tell_recomputations()
         return base.forward(self, *args, **kwargs)
 
     return forward
@@ -88,7 +88,7 @@ def is_off(owner: nn.Module) -> bool:
     if keys is nothing or owner.fxgraft_switch.key not in keys:  # type: ignore[union-attr]
         return False
     if not captured():
-        _tell_recomputations()
+        tell_recomputations()
     return True
 
 
@@ -107,11 +107,13 @@ class _Again:
             _keys.reset(token)
 
 
-def _tell_recomputations() -> None:
+def tell_recomputations() -> None:
     """Tell every checkpoint that this call runs under what it shall see when the backward pass computes it again.
 
     torch compares shapes at most: without this, the gradient would be that of another function without a word.
     """
+    if nothing.keys is nothing:
+        return
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code is not _Again.__call__.__code__:
         if frame.f_code.co_filename == torch.utils.checkpoint.__file__:

@@ -33,7 +33,8 @@ from ..calls.disabled import nothing
 from ..capture.watched import captured
 from ..errors import AdapterError, listing
 from ..graft import site_tensors
-from ..state import ADAPTERS, STATE, ModelState, grafted_modules, is_compiled
+from ..state import ADAPTERS, STATE, ModelState, grafted_modules
+from .compiled_parts import compiled_parts
 
 HOOK = "fxgraft"  # key of the hooks on a root
 _METADATA = ("_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
@@ -251,8 +252,7 @@ def _before(root: nn.Module, args: Any) -> None:
 
 def _compiled_parts(root: nn.Module) -> set[int]:
     """The modules inside those that are compiled on their own: what compiled code reads shows in its graph alone."""
-    compiled = [m for m in root.modules() if m._compiled_call_impl is not None or is_compiled(m)]
-    return {id(part) for module in compiled for part in module.modules()}
+    return {id(part) for module in compiled_parts(root) for part in module.modules()}
 
 
 def _after(root: nn.Module, args: Any, output: Any) -> None:

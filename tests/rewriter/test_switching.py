@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import pickle
@@ -201,6 +202,50 @@ def test_checkpointing_computes_again_what_the_forward_saw(reentrant: bool) -> N
     loss = run(a).sum()
     with fg.disabled(a[0]), pytest.raises(fg.AdapterError, match="outside the block"):
         loss.backward()
+
+
+class Checkpointed(nn.Module):
+    """Two blocks, each computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_compiled_layer_is_computed_again_as_the_forward_saw_it(reentrant: bool, wrapped: bool) -> None:
+    torch._dynamo.reset()
+    base = Checkpointed(reentrant)
+    a = noisy(fg.rewrite(base, fg.Spec(fg.LoRA(rank=2), targets="all-linear")))
+
+    def gradient(loss: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, x)[0] if not reentrant else (loss.backward(), x.grad)[1]
+
+    def of(model: nn.Module, off: bool = False) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 16).view(2, 8).requires_grad_()
+        with fg.disabled(model) if off else contextlib.nullcontext():
+            loss = model(x).square().sum()
+        return gradient(loss, x)
+
+    on, plain = of(a), of(base)
+    assert not torch.allclose(on, plain, atol=1e-2)
+    for index, block in enumerate(a.blocks):
+        if wrapped:
+            a.blocks[index] = torch.compile(block, backend="eager")
+        else:
+            block.compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(of(a), on)
+        torch.testing.assert_close(of(a, off=True), plain)
+    twin = pickle.loads(pickle.dumps(a)) if not wrapped else copy.deepcopy(a)
+    torch.testing.assert_close(of(twin, off=True), plain)
 
 
 def test_a_compilation_in_another_thread_is_not_ours(monkeypatch) -> None:  # type: ignore[no-untyped-def]
