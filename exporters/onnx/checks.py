@@ -15,7 +15,7 @@ from ...backends.artifact.signature import Axes, Example, other_sizes
 from ...rewriter.errors import ExportError, ParityError
 from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles.ort_values import TYPES
-from .modes import Plan
+from .modes import Plan, Truth
 from .ort_graph import CheckGraph, Inputs
 from .record import Record
 
@@ -76,9 +76,9 @@ def compare(
     largest value where the user gave one, else judged as `parity.hold` does. Raises `ParityError`."""
     for label, truth, feeds in plan.runs(step, tensors):
 
-        def wide(truth: Any = truth) -> Mapping[str, np.ndarray] | None:
+        def wide(truth: Truth = truth) -> Mapping[str, np.ndarray] | None:
             try:
-                return truth(record.arguments(tensors), torch.float64)  # type: ignore[no-any-return]
+                return truth(record.arguments(tensors), torch.float64)
             except ExportError:  # an operator without a float64 kernel, or code that asks for a dtype by name
                 return None
 

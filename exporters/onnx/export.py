@@ -220,6 +220,7 @@ def export_onnx(
         seconds=time.perf_counter() - started,
         notes=notes,
         renamed=renamed,
+        trained=tuple(key for key, value in opened.items() if value.site is None),
         **described,
     )
 

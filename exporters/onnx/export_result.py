@@ -17,7 +17,8 @@ class OnnxExport:
     """What was written, and how close it is to torch.
 
     `inputs`, `outputs` and `adapter_inputs` map names to shapes, with a string for every free dimension; `dynamic_axes`
-    maps input names to {axis: name}. `adapter_inputs` may be left out at run: without them the graph is the base model.
+    maps input names to {axis: name}. `adapter_inputs` may be left out at run: without them the graph is the base model;
+    `trained` are those that hold a tensor trained in whole, and no factor of a site.
     `parity` holds the comparisons made, with what each was allowed; none with `check=False`, and then `checked` is
     False. `renamed` has the inputs and outputs whose names in the model cannot be theirs in the graph, as a weight has
     the name or both an input and an output: {"inputs": {model's name: the graph's}, "outputs": ...}. `OrtSession` goes
@@ -38,6 +39,7 @@ class OnnxExport:
     seconds: float
     notes: tuple[str, ...] = field(default=())
     renamed: dict[str, dict[str, str]] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
 
     @property
     def checked(self) -> bool:
@@ -59,11 +61,10 @@ class OnnxExport:
             f"  outputs  {shapes(self.outputs)}",
         ]
         if self.adapter_inputs:
-            sites = {name.rpartition(".")[0] for name, shape in self.adapter_inputs.items() if _rank_free(name, shape)}
-            rest = sum(not _rank_free(name, shape) for name, shape in self.adapter_inputs.items())
-            forms = sorted({name.rpartition(".")[2] for name, s in self.adapter_inputs.items() if _rank_free(name, s)})
-            said = [f"{len(sites)} sites ({', '.join(forms)} of any rank)"] if sites else []
-            said += [f"{rest} trained tensors"] if rest else []
+            legs = [name.rpartition(".") for name in self.adapter_inputs if name not in self.trained]
+            sites, kinds = {site for site, _, _ in legs}, sorted({leg for _, _, leg in legs})
+            said = [f"{len(sites)} sites ({', '.join(kinds)} of any rank)"] if sites else []
+            said += [f"{len(self.trained)} trained tensors"] if self.trained else []
             lines.append(f"  adapter  {', '.join(said)}")
         lines.append("  parity   relative to each output's largest value" if self.checked else "  parity   not checked")
         lines += [
@@ -71,8 +72,3 @@ class OnnxExport:
             for check in self.parity
         ]
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
-
-
-def _rank_free(name: str, shape: Shape) -> bool:
-    """Whether an adapter input belongs to a site's form: one of its legs has the site's own free rank."""
-    return name.rpartition(".")[2] == "router" or f"{name.rpartition('.')[0]}.rank" in shape

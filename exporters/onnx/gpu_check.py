@@ -1,91 +1,28 @@
 """`check_gpu`: which nodes of a graph onnxruntime's CUDA provider has no kernel for, read off a table of its kernels.
 
-onnxruntime runs such a node on the CPU without a word, with a copy of its tensors before and after. The table
-(`ort_cuda_kernels.json`) is what onnxruntime publishes for one release, so no GPU is needed to ask.
+onnxruntime runs such a node on the CPU without a word, with a copy of its tensors before and after. No GPU is needed to
+ask.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...rewriter.errors import SessionError
+from .cuda_kernels import ONNX, Kernels, cuda_kernels
+from .gpu_report import GpuNode, GpuReport
 
-_TABLE = Path(__file__).with_name("ort_cuda_kernels.json")
-_ONNX = ("", "ai.onnx")
 # Of onnxruntime's rule for what stays on the CPU: an initializer of at most so many numbers may take part in it.
 _SMALL = 100
 # These read sizes on the CPU and make data on the device: where shape arithmetic ends.
 _MAKE_DATA = frozenset({"Range", "ConstantOfShape", "Expand", "Tile", "Pad", "Resize", "OneHot"})
 _INTEGERS = frozenset({"int64", "int32", "bool"})
 _RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"})
-
-
-@dataclass(frozen=True)
-class GpuNode:
-    """One node of the report. `where` is the subgraph it is in ("" for the graph itself); `version` is the operator's
-    own (the opset that last changed it), `dtypes` those bound to its type variables, `reason` why it is listed."""
-
-    name: str
-    operator: str
-    version: int
-    dtypes: dict[str, str]
-    reason: str
-    where: str = ""
-
-    def __str__(self) -> str:
-        types = ", ".join(f"{variable} {dtype}" for variable, dtype in self.dtypes.items())
-        place = f" in {self.where}" if self.where else ""
-        return f"{self.operator} version {self.version} {self.name!r}{place}{f' ({types})' if types else ''}: " + (
-            self.reason
-        )
-
-
-@dataclass(frozen=True)
-class GpuReport:
-    """What `check_gpu` found. `ok` where onnxruntime needs the CPU for shape arithmetic alone.
-
-    fallbacks         nodes without a CUDA kernel: each costs a copy to the CPU and back.
-    shape_arithmetic  nodes on a few whole numbers computed from sizes, which onnxruntime puts on the CPU on purpose,
-                      kernel or not: the kernels that use the numbers want them there.
-    unchecked         nodes whose operator has kernels, but whose dtypes the file does not tell.
-    release           the onnxruntime whose kernels were looked up; other releases may have more or fewer.
-    """
-
-    path: Path
-    provider: str
-    release: str
-    opset: int
-    nodes: int
-    fallbacks: tuple[GpuNode, ...] = field(default=())
-    shape_arithmetic: tuple[GpuNode, ...] = field(default=())
-    unchecked: tuple[GpuNode, ...] = field(default=())
-
-    @property
-    def ok(self) -> bool:
-        return not self.fallbacks and not self.unchecked
-
-    def __str__(self) -> str:
-        counts = {"fall back to the CPU": len(self.fallbacks), "are of unknown dtypes": len(self.unchecked)}
-        verdict = ", ".join(f"{n} {what}" for what, n in counts.items() if n) or f"all run on {self.provider}"
-        lines = [f"{self.path}: {self.nodes} nodes, opset {self.opset}: {verdict} ({self.release})"]
-        lines += [f"  {title:<9} {node}" for title, node in self._listed()]
-        if self.shape_arithmetic:
-            counts = Counter(node.operator for node in self.shape_arithmetic)
-            kinds = ", ".join(f"{n} {operator}" for operator, n in counts.most_common())
-            lines.append(f"  on purpose {len(self.shape_arithmetic)} nodes of shape arithmetic on the CPU: {kinds}")
-        return "\n".join(lines)
-
-    def _listed(self) -> Iterator[tuple[str, GpuNode]]:
-        yield from (("fallback", node) for node in self.fallbacks)
-        yield from (("unknown", node) for node in self.unchecked)
 
 
 def check_gpu(path: str | os.PathLike[str]) -> GpuReport:
@@ -99,28 +36,16 @@ def check_gpu(path: str | os.PathLike[str]) -> GpuReport:
     Raises `SessionError` where there is no file or it holds no ONNX graph.
     """
     model, opsets = _read(Path(path))
-    checker = _Checker(opsets, *_kernels())
+    checker = _Checker(opsets, cuda_kernels())
     checker.walk(model.graph, {}, "")
     return GpuReport(
         Path(path),
         "CUDAExecutionProvider",
-        checker.release,
+        checker.kernels.release,
         opsets.get("", 0),
         checker.nodes,
-        tuple(checker.fallbacks),
-        tuple(checker.shape_arithmetic),
-        tuple(checker.unchecked),
+        *(tuple(checker.found[kind]) for kind in ("fallback", "shape", "unchecked")),
     )
-
-
-@functools.cache
-def _kernels() -> tuple[str, dict[tuple[str, str], list[dict[str, Any]]]]:
-    table = json.loads(_TABLE.read_text(encoding="utf-8"))
-    kernels: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for kernel in table["kernels"]:
-        domain = "" if kernel["domain"] in _ONNX else kernel["domain"]
-        kernels.setdefault((domain, kernel["op"]), []).append(kernel)
-    return table["release"], kernels
 
 
 def _read(path: Path) -> tuple[Any, dict[str, int]]:
@@ -136,7 +61,7 @@ def _read(path: Path) -> tuple[Any, dict[str, int]]:
         raise SessionError(f"{str(path)!r} is no ONNX graph: {error}") from error
     if not model.graph.node and not model.graph.output:
         raise SessionError(f"{str(path)!r} is no ONNX graph: it has no nodes and no outputs")
-    opsets = {"" if entry.domain in _ONNX else entry.domain: entry.version for entry in model.opset_import}
+    opsets = {"" if entry.domain in ONNX else entry.domain: entry.version for entry in model.opset_import}
     try:
         if model.functions:
             model = inliner.inline_local_functions(model)
@@ -157,14 +82,10 @@ class _Value:
 
 
 class _Checker:
-    def __init__(
-        self, opsets: Mapping[str, int], release: str, kernels: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
-    ):
-        self.opsets, self.release, self.kernels = opsets, release, kernels
+    def __init__(self, opsets: Mapping[str, int], kernels: Kernels) -> None:
+        self.opsets, self.kernels = opsets, kernels
         self.nodes = 0
-        self.fallbacks: list[GpuNode] = []
-        self.shape_arithmetic: list[GpuNode] = []
-        self.unchecked: list[GpuNode] = []
+        self.found: dict[str, list[GpuNode]] = {"fallback": [], "shape": [], "unchecked": []}
 
     def walk(self, graph: Any, outer: Mapping[str, _Value], where: str) -> None:
         """Check a graph's nodes, which are in order; `outer` are the values of the graphs around it."""
@@ -194,7 +115,7 @@ class _Checker:
                         self.walk(subgraph, values, f"{place}/{attribute.name}")
 
     def _kind(self, node: Any, given: Sequence[_Value], made: Iterable[tuple[str | None, int | None]]) -> str:
-        onnx = node.domain in _ONNX
+        onnx = node.domain in ONNX
         has_graph = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
         # onnxruntime computes these once, when it loads the graph
         if onnx and not has_graph and node.op_type not in _RANDOM and all(value.kind == "constant" for value in given):
@@ -209,29 +130,20 @@ class _Checker:
         return "shape" if onnx and computed else "data"
 
     def _check(self, node: Any, values: Mapping[str, _Value], where: str, kind: str) -> None:
-        domain = "" if node.domain in _ONNX else node.domain
+        domain = "" if node.domain in ONNX else node.domain
         version, dtypes, unknown = self._signature(node, domain, values)
         operator = node.op_type if not domain else f"{domain}.{node.op_type}"
 
-        def entry(reason: str) -> GpuNode:
-            return GpuNode(node.name, operator, version, dtypes, reason, where)
+        def add(kind: str, reason: str) -> None:
+            self.found[kind].append(GpuNode(node.name, operator, version, dtypes, reason, where))
 
         if kind == "shape":
             if node.op_type not in ("Shape", "Size"):  # those have kernels that leave their result on the CPU
-                self.shape_arithmetic.append(entry("computes with sizes"))
-            return
-        kernels = self.kernels.get((domain, node.op_type), ())
-        fitting = [kernel for kernel in kernels if _covers(kernel, version)]
-        if not fitting:
-            spans = ", ".join(sorted({_span(kernel) for kernel in kernels}, key=lambda span: int(span.split("-")[0])))
-            reason = f"kernels exist for versions {spans}" if kernels else "the operator has no kernel"
-            self.fallbacks.append(entry(reason))
-            return
-        misfits = [_misfit(kernel["types"], dtypes) for kernel in fitting]
-        if all(misfits):
-            self.fallbacks.append(entry(f"no kernel for {misfits[0]}"))
-        elif unknown and any(variable in kernel["types"] for kernel in fitting for variable in unknown):
-            self.unchecked.append(entry(f"the dtype of {', '.join(unknown)} is not in the file"))
+                add("shape", "computes with sizes")
+        elif missing := self.kernels.missing(domain, node.op_type, version, dtypes):
+            add("fallback", missing)
+        elif self.kernels.depends_on(domain, node.op_type, version, unknown):
+            add("unchecked", f"the dtype of {', '.join(unknown)} is not in the file")
 
     def _signature(self, node: Any, domain: str, values: Mapping[str, _Value]) -> tuple[int, dict[str, str], list[str]]:
         """The operator's version, the dtypes of its type variables, and the variables whose dtype is not known."""
@@ -258,24 +170,6 @@ class _Checker:
                 else:
                     unknown.append(variable)
         return schema.since_version, dtypes, [v for v in dict.fromkeys(unknown) if v not in dtypes]
-
-
-def _covers(kernel: Mapping[str, Any], version: int) -> bool:
-    """onnxruntime's rule: an open-ended kernel is for the version it names; a closed one for all in its range."""
-    since, until = kernel["since"], kernel["until"]
-    return since == version or (until is not None and since < version <= until)
-
-
-def _span(kernel: Mapping[str, Any]) -> str:
-    since, until = kernel["since"], kernel["until"]
-    return f"{since}" if until is None or until == since else f"{since}-{until}"
-
-
-def _misfit(types: Mapping[str, Sequence[str]], dtypes: Mapping[str, str]) -> str:
-    for variable, dtype in dtypes.items():
-        if variable in types and dtype not in types[variable]:
-            return f"{variable} {dtype} (there is one for {', '.join(types[variable])})"
-    return ""
 
 
 def _typed(kind: Any) -> tuple[str | None, int | None]:

@@ -199,16 +199,16 @@ def _loud(twin: Twin, run: Truth) -> tuple[Truth, dict[str, torch.Tensor]]:
     return truth, {key: random for key, (_, random) in values.items()}
 
 
-def _legs(twin: Twin) -> dict[str, dict[str, open_inputs.Leg]]:
+def _legs(twin: Twin) -> dict[str, dict[str, open_inputs.Opened]]:
     """What becomes an input at every site. One adapter is left out as tensors of size 0; stacks are there already."""
-    sites: dict[str, dict[str, open_inputs.Leg]] = {}
+    sites: dict[str, dict[str, open_inputs.Opened]] = {}
     for site, (form, tensors) in twin.sites.items():
         symbols = {axis: axis if axis == SLOTS else f"{site}.{axis}" for axis in form.open_axes}
         for leg, tensor in tensors.items():
             sizes = zip(form.layout(leg), tensor.shape, strict=True)
             shape = tuple(symbols.get(axis, size) for axis, size in sizes)
             default = tensor if form.slots else tensor.new_zeros([0 if isinstance(n, str) else n for n in shape])
-            sites.setdefault(site, {})[leg] = open_inputs.Leg(twin.keys[site][leg], shape, default)
+            sites.setdefault(site, {})[leg] = open_inputs.Opened(twin.keys[site][leg], shape, default)
     return sites
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,59 +11,42 @@ import torch
 
 from ...backends.artifact.signature import free_name
 from ...rewriter.errors import ExportError, near_misses
+from ...rewriter.forms import SLOTS
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A graph input with a default: its shape (a string where free) and the initializer that `close` gives it."""
-
-    shape: tuple[int | str, ...]
-    default: Any
-
-
-@dataclass(frozen=True)
-class Leg:
-    """One adapter tensor of a site that is to become an input: the initializer's name, the input's shape with a string
-    for every free dimension, and the default."""
+    """A tensor of a graph that becomes an input: the initializer's name until then, the input's shape, with a string
+    for every free dimension, its default, and the site it is a factor of (None: a tensor trained in whole)."""
 
     key: str
     shape: tuple[int | str, ...]
     default: torch.Tensor
+    site: str | None = None
 
 
-def open_sites(model: Any, sites: Mapping[str, Mapping[str, Leg]], ids: Any = None) -> dict[str, Opened]:
+def open_sites(model: Any, sites: Mapping[str, Mapping[str, Opened]], ids: Any = None) -> dict[str, Opened]:
     """Turn the adapter tensors of every site into graph inputs `<site>.<leg>`.
 
     The last leg of a site is the right factor of its last product. What lies between the legs and that product forgets
     the sizes it was traced with. Every site has symbols of its own: onnxruntime insists that equal symbols are equal
     numbers. Where the legs are stacks, `ids` is the input that chooses the rows.
     """
-    from onnx_ir.tensor_adapters import TorchTensor
-
-    graph = model.graph
     opened: dict[str, Opened] = {}
     for site, legs in sites.items():
         values = {}
-        for leg, (key, shape) in {leg: (one.key, one.shape) for leg, one in legs.items()}.items():
-            value = graph.initializers.get(key)
+        for leg, one in legs.items():
+            value = model.graph.initializers.get(one.key)
             if value is None or not value.uses():
                 raise ExportError(
                     f"site {site!r} cannot be swapped in the exported graph: the model does not use its {leg}. Where "
                     "the forward does not come to this layer, leave it out of the targets (fg.Spec(exclude=[...]))"
                 )
             name = f"{site}.{leg}"
-            _release(graph, value, name)
-            _set_shape(value, shape)
-            opened[name] = Opened(tuple(shape), TorchTensor(legs[leg].default, name=name))
-            values[leg] = value
-        _forget_sizes(graph, site, values, ids)
+            _release(model.graph, value, name, one.shape)
+            opened[name], values[leg] = replace(one, site=site), value
+        _forget_sizes(model.graph, site, values, ids)
     return opened
-
-
-def _set_shape(value: Any, shape: Sequence[int | str]) -> None:
-    import onnx_ir as ir
-
-    value.shape = ir.Shape(list(shape))
 
 
 def _forget_sizes(graph: Any, site: str, legs: Mapping[str, Any], ids: Any) -> None:
@@ -131,62 +114,28 @@ def _merge_two(graph: Any, node: Any, right: bool) -> None:
     node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
 
 
-def pin(model: Any, keys: Sequence[str]) -> None:
-    """Keep initializers as they are through the optimizer, until `unpin`: values that others are told to look at."""
-    graph = model.graph
-    for key in keys:
-        if key not in graph.initializers:
-            hint = ", ".join(near_misses(key, graph.initializers)) or "nothing like it"
-            raise ExportError(f"the tensor {key!r} is no initializer of the exported graph (it has {hint})")
-        _release(graph, graph.initializers[key], key)
-
-
-def unpin(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give pinned initializers their values back."""
-    from onnx_ir.tensor_adapters import TorchTensor
-
-    graph = model.graph
-    for value in [value for value in graph.inputs if value.name in tensors]:
-        graph.inputs.remove(value)
-        value.const_value = TorchTensor(tensors[value.name].detach(), name=value.name)
-        graph.initializers[value.name] = value
-
-
 def open_trained(
     model: Any, defaults: Mapping[str, torch.Tensor], keys: Mapping[str, str] | None = None
 ) -> dict[str, Opened]:
     """Turn initializers into graph inputs of these names with these defaults; `keys` has what they are called before,
     where that is something else."""
-    from onnx_ir.tensor_adapters import TorchTensor
-
-    graph = model.graph
     opened: dict[str, Opened] = {}
     for name, tensor in defaults.items():
-        key = (keys or {}).get(name, name)
-        value = graph.initializers.get(key)
-        if value is None:
-            hint = ", ".join(near_misses(key, graph.initializers)) or "nothing like it"
-            raise ExportError(f"the trained tensor {key!r} is no initializer of the exported graph (it has {hint})")
-        _release(graph, value, name)
-        opened[name] = Opened(tuple(tensor.shape), TorchTensor(tensor.detach(), name=name))
+        opened[name] = one = Opened((keys or {}).get(name, name), tuple(tensor.shape), tensor.detach())
+        _release(model.graph, _found(model.graph, one.key, "trained tensor"), name)
     return opened
 
 
 def open_stacks(model: Any, stacks: Mapping[str, tuple[str, torch.Tensor]], ids: Any) -> dict[str, Opened]:
     """Turn the initializers called like the keys of `stacks` into inputs `(slots, ...)` of the given name and default,
     whose rows the input `ids` chooses."""
-    from onnx_ir.tensor_adapters import TorchTensor
-
-    graph = model.graph
     opened: dict[str, Opened] = {}
     for key, (name, tensor) in stacks.items():
-        value = graph.initializers.get(key)
+        value = model.graph.initializers.get(key)
         if value is None or not value.uses():
             raise ExportError(f"the stack {name!r} is not used by the exported graph")
-        _release(graph, value, name)
-        shape = ("slots", *tensor.shape[1:])
-        _set_shape(value, shape)
-        opened[name] = Opened(shape, TorchTensor(tensor, name=name))
+        opened[name] = Opened(key, (SLOTS, *tensor.shape[1:]), tensor)
+        _release(model.graph, value, name, opened[name].shape)
         for use in value.uses():
             owner, leg, _ = name.rsplit(".", 2)
             use.node.name = f"{owner}/{leg}/{use.node.op_type}"
@@ -194,13 +143,45 @@ def open_stacks(model: Any, stacks: Mapping[str, tuple[str, torch.Tensor]], ids:
     return opened
 
 
-def _release(graph: Any, value: Any, name: str) -> None:
+def pin(model: Any, keys: Sequence[str]) -> None:
+    """Keep initializers as they are through the optimizer, until `unpin`: values that others are told to look at."""
+    for key in keys:
+        _release(model.graph, _found(model.graph, key, "tensor"), key)
+
+
+def unpin(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give pinned initializers their values back."""
+    graph = model.graph
+    for value in [value for value in graph.inputs if value.name in tensors]:
+        graph.inputs.remove(value)
+        _give_back(graph, value, tensors[value.name])
+
+
+def _found(graph: Any, key: str, what: str) -> Any:
+    if key not in graph.initializers:
+        hint = ", ".join(near_misses(key, graph.initializers)) or "nothing like it"
+        raise ExportError(f"the {what} {key!r} is no initializer of the exported graph (it has {hint})")
+    return graph.initializers[key]
+
+
+def _release(graph: Any, value: Any, name: str, shape: Sequence[int | str] | None = None) -> None:
     """Make an initializer a plain input. It gets its default back in `close`, after the optimizer: rewrite rules look
     at the values of initializers even where those can be overridden, and drop a bias that happens to be zero."""
+    import onnx_ir as ir
+
     graph.initializers.pop(value.name)
     value.const_value = None
     value.name = name
+    if shape is not None:
+        value.shape = ir.Shape(list(shape))
     graph.inputs.append(value)
+
+
+def _give_back(graph: Any, value: Any, tensor: torch.Tensor) -> None:
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    value.const_value = TorchTensor(tensor.detach(), name=value.name)
+    graph.initializers[value.name] = value
 
 
 def close(model: Any, opened: Mapping[str, Opened]) -> None:
@@ -217,8 +198,7 @@ def close(model: Any, opened: Mapping[str, Opened]) -> None:
     for value in graph.inputs:
         if value.name not in opened:
             continue
-        value.const_value = opened[value.name].default
-        graph.initializers[value.name] = value
+        _give_back(graph, value, opened[value.name].default)
         node = ir.node("Identity", [value], name=f"{value.name.replace('.', '/')}/given")
         given = node.outputs[0]
         given.name, given.type, given.shape = f"{value.name}.given", value.type, value.shape

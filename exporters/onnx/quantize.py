@@ -3,18 +3,15 @@
     MatMul(x, W)                     ->  int8: MatMulInteger(quantised x, W8) * scales     4 bits: MatMulNBits(x, W4)
     MatMul(MatMul(x, A), B)          ->  itself: adapter inputs stay inputs, and their products float
 
-The work is onnxruntime's; the manifest and the seal are carried on, with what the quantising changed.
+The work is onnxruntime's; manifest, record and seal are carried on, with what the quantising changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +24,10 @@ from ...rewriter.errors import ExportError, VerifyError, listing, path_of
 from ...rewriter.method import ADAPTER_IDS
 from . import save_graph
 from .checks import probe, random_adapter
+from .few_bits import in_bits, load_weights
 from .ort_graph import CheckGraph
 from .record import Record, read_description, write_description
 from .seal import external_files
-from .translate import quiet
 
 _DRAWS = 4  # random inputs of every size
 
@@ -91,21 +88,16 @@ def quantize_onnx(
     if "quantised" in told:
         raise ExportError(f"{str(source)!r} is in {told['quantised']['bits']} bits already: give the graph it is from")
     try:
-        model = _loaded(source)
+        model = load_weights(source)
     except Exception as error:  # protobuf's and onnx's own
         raise VerifyError(f"{str(source)!r} cannot be read: {error}") from error
     if unknown := sorted(set(exclude) - {node.name for node in model.graph.node}):
         raise ExportError(f"exclude names {listing(unknown)}, which are no nodes of {str(source)!r}")
-    # A Gemm is turned into a MatMul of that name first.
-    left = [name + end for name in (*_adapter_products(model), *exclude) for end in ("", "_MatMul")]
-    before = _products(model)
     with staged(out, ".onnx") as folder:
         try:
-            with quiet(), _silent():
-                made = _in_bits(model, bits, block_size, left, folder)
+            made, done = in_bits(model, bits, block_size, exclude, folder)
         except Exception as error:  # onnxruntime's quantisers raise whatever they stumble over
             raise ExportError(f"onnxruntime does not quantise {str(source)!r}: {error}") from error
-        done = tuple(name for name in before if name not in _products(made))
         if not done:
             raise ExportError(f"{str(source)!r} has no product that onnxruntime takes in {bits} bits")
         file = folder / Path(out).name
@@ -113,76 +105,12 @@ def quantize_onnx(
         off, probes = _compared(source, file, record, told)
         if not math.isfinite(off):
             raise ExportError(f"in {bits} bits the graph gives numbers that are not finite")
-        size_of = {"bits": bits, "block_size": block_size if bits == 4 else None}
-        told["quantised"] = {**size_of, "error": off, "tolerance": 4 * off}
+        kind = {"bits": bits, "block_size": block_size if bits == 4 else None}
+        told["quantised"] = {**kind, "error": off, "tolerance": 4 * off}
         write_description(file, told, dataclasses.replace(record, probes=probes))
         size = sum(entry.stat().st_size for entry in folder.iterdir())
     size_before = sum(entry.stat().st_size for entry in (source, *external_files(source)))
     return QuantizedOnnx(Path(out), bits, done, off, size, size_before)
-
-
-def _loaded(path: Path) -> Any:
-    """The graph with its weights, transposed ones (heads tied to an embedding) as constants of their own."""
-    import onnx
-    from onnx import numpy_helper
-
-    model = onnx.load(str(path))
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    free = {value.name for value in model.graph.input}
-    for node in [node for node in model.graph.node if node.op_type == "Transpose"]:
-        (name,) = node.input
-        perm = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [1, 0])
-        if name in weights and name not in free and perm == [1, 0]:
-            turned = np.ascontiguousarray(numpy_helper.to_array(weights[name]).T)
-            model.graph.initializer.append(numpy_helper.from_array(turned, node.output[0]))
-            model.graph.node.remove(node)
-    # The quantisers turn weights of a Gemm round under their names: shapes noted beside them would be wrong.
-    noted = [value for value in model.graph.value_info if value.name not in weights]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(noted)
-    return model
-
-
-def _adapter_products(model: Any) -> list[str]:
-    """The nodes that read an adapter input, itself or as it is given on."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    free = {value.name for value in model.graph.input} & weights
-    free |= {node.output[0] for node in model.graph.node if node.op_type == "Identity" and node.input[0] in free}
-    return [node.name for node in model.graph.node if free & set(node.input)]
-
-
-def _products(model: Any) -> list[str]:
-    return [node.name.removesuffix("_MatMul") for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
-
-
-def _in_bits(model: Any, bits: int, block_size: int, exclude: list[str], work: Path) -> Any:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    if bits == 4:
-        quantizer = MatMulNBitsQuantizer(model, 4, block_size, nodes_to_exclude=exclude)
-        quantizer.model.replace_gemm_with_matmul()
-        quantizer.process()
-        return quantizer.model.model
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        file = Path(folder) / "model.onnx"
-        # Unsigned weights: signed ones overflow in the products of CPUs before VNNI.
-        quantize_dynamic(
-            model,
-            str(file),
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QUInt8,
-            nodes_to_exclude=exclude,
-            use_external_data_format=model.ByteSize() > save_graph.INLINE_BYTES,
-        )
-        return _read(file)
-
-
-def _read(file: Path) -> Any:
-    import onnx
-
-    return onnx.load(str(file))
 
 
 def _write(model: Any, file: Path, external_data: bool | None, folder: Path) -> None:
@@ -219,17 +147,6 @@ def _distance(got: np.ndarray, want: np.ndarray) -> float:
         return 0.0
     finite = np.isfinite(want)
     return float(np.abs(got[finite] - want[finite]).max(initial=0.0) / (np.abs(want[finite]).max(initial=0.0) or 1.0))
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the quantisers' remarks, which go to the root logger."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)
 
 
 __all__ = ["QuantizedOnnx", "quantize_onnx"]

@@ -72,5 +72,5 @@ def greedy(
 
 def _empty(info: TensorInfo, batch: int) -> torch.Tensor:
     """A cache `(batch, heads, 0, width)` without tokens."""
-    _, heads, _, width = info.shape
-    return torch.zeros((batch, heads, 0, width), dtype=TYPES[info.type])  # type: ignore[arg-type]
+    _, heads, _, width = (size if isinstance(size, int) else 0 for size in info.shape)
+    return torch.zeros((batch, heads, 0, width), dtype=TYPES[info.type])
