@@ -9,7 +9,6 @@ from .exporters.adapterfiles.export_adapter import export_ort_adapter
 from .exporters.checkpoints.load_adapter import load_adapter
 from .exporters.checkpoints.save_adapter import save_adapter
 from .exporters.checkpoints.swap import swap
-from .exporters.checkpoints.tenant_folders import add_tenant, bank
 from .exporters.onnx.export import OnnxExport, export_onnx
 from .exporters.onnx.gpu_check import check_gpu
 from .exporters.onnx.gpu_report import GpuReport
@@ -23,7 +22,7 @@ from .passes.methods.hydralora.breakdown import lora_breakdown
 from .passes.methods.hydralora.experts import suggest_experts
 from .passes.methods.lora_sb.estimate import estimate_update
 from .passes.methods.lora_sb.lora_sb import UpdateEstimate
-from .passes.models.bank import adapter_ids, remove_tenant, tenants
+from .passes.models.bank import adapter_ids, add_tenant, bank, remove_tenant, tenants
 from .passes.models.combine import combine
 from .passes.models.factors import to_lora
 from .passes.models.merge import merge

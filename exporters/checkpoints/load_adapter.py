@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ...passes.models.bank_sources import register_folder_opener
 from ...rewriter.errors import CheckpointError, SpecError, listing
 from ...rewriter.state import M
 from .folder_files import DERIVED, WEIGHTS, check_config_is_theirs, read_folder
@@ -80,3 +81,6 @@ def _refuse_pickle(directory: Path) -> None:
             "missing. Convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), "
             f"{WEIGHTS!r})"
         )
+
+
+register_folder_opener(load_adapter)

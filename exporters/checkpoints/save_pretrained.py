@@ -72,7 +72,8 @@ def save_root(root: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: An
     _warn("that folder holds the adapters, not the base model", stacklevel=5)
     if given.get("push_to_hub"):
         taken = ("commit_message", "private", "token", "revision", "create_pr")
-        root.push_to_hub(given.get("repo_id", directory.name), **{k: given[k] for k in taken if k in given})  # type: ignore[operator]
+        push: Any = root.push_to_hub
+        push(given.get("repo_id", directory.name), **{k: given[k] for k in taken if k in given})
     return None
 
 

@@ -30,14 +30,14 @@ from ..methods.dense_form import Dense
 from ..methods.low_rank_factors import widened
 from ..methods.low_rank_form import Factors
 from .bank_slots import BANK, BankRecord
-from .bank_sources import Source, open_source
+from .bank_sources import Source, Tenant, open_source
 from .factors import sites_as_targets
 
 
 # -- making one --------------------------------------------------------------------------------------------------
 def bank(
     model: M,
-    tenants: Mapping[str, Mapping[str, Tensor] | nn.Module] | None = None,
+    tenants: Mapping[str, Tenant] | None = None,
     *,
     spec: Spec | None = None,
     capacity: int | None = None,
@@ -61,9 +61,9 @@ def bank(
 
     Args:
         model: an adapted model, or a plain one with `spec`.
-        tenants: name -> an adapted model with one active adapter, or what `adapter_state` gives, which remembers its
-            methods; or a plain dict of tensors, taken as values of `spec` (LoRA: of any rank). Default: every adapter
-            of the model.
+        tenants: name -> a saved folder, an adapted model with one active adapter, or what `adapter_state` gives, which
+            remembers its methods; or a plain dict of tensors, taken as values of `spec` (LoRA: of any rank). Default:
+            every adapter of the model.
         spec: how plain dicts are read; by default as the model's active adapter.
         capacity: how many tenants fit; by default as many as there are.
         rank: the largest rank that fits; by default that of the tenants.
@@ -196,8 +196,9 @@ def adapter_ids(banked: nn.Module, names: Sequence[str | None]) -> Tensor:
     return record.ids(names, next(unwrap(banked).parameters()).device)
 
 
-def add_tenant(banked: nn.Module, name: str, tenant: Mapping[str, Tensor] | nn.Module) -> None:
-    """Put an adapter into a free slot, or in the place of the tenant of that name; nothing is compiled anew.
+def add_tenant(banked: nn.Module, name: str, tenant: Tenant) -> None:
+    """Put an adapter, or a saved one, into a free slot, or in the place of the tenant of that name; nothing is compiled
+    anew.
 
     Other threads may call the bank meanwhile: a call that names the tenant gets the old values or the new ones, whole.
 

@@ -1,12 +1,13 @@
-"""Where a bank's tenants come from: adapted models, states that remember their methods, and plain tensors.
+"""Where a bank's tenants come from: adapted models, saved folders, states that remember their methods, plain tensors.
 
 Everything is read into an adapter in a model of its own, whose methods say what the tensors mean.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,15 @@ from ...rewriter.tensors import adapter_modules, check_state, trained_modules, w
 from ...rewriter.tensors import adapter_state as state_of_adapter
 
 TENANT = "tenant"  # the adapter's name in a model that is made for it
+
+Folder = str | os.PathLike[str]
+Tenant = Mapping[str, Tensor] | nn.Module | Folder
+_FOLDER_OPENERS: list[Callable[[nn.Module, Folder, str], nn.Module]] = []
+
+
+def register_folder_opener(opener: Callable[[nn.Module, Folder, str], nn.Module]) -> None:
+    """Who grafts the adapter in a folder onto a base model under a name: the exporters, which nothing here imports."""
+    _FOLDER_OPENERS[:] = [opener]
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ def _linears(name: str, trained: Mapping[str, nn.Module]) -> Iterator[tuple[str,
 def open_source(base: nn.Module, spec: Spec | None, name: str, value: Any) -> Source:
     if isinstance(value, Source):
         return value
+    if isinstance(value, (str, os.PathLike)) and _FOLDER_OPENERS:
+        return Source(_FOLDER_OPENERS[0](base, value, TENANT), TENANT)
     if isinstance(value, nn.Module):
         on = active(value)
         if len(on) != 1:
