@@ -5,7 +5,8 @@
 `ceilings` copies a large buffer and multiplies large matrices; `kernels` runs every kernel at sizes of real models
 beside its definition through Inductor, in CUDA graphs (what the GPU needs) and asked for one by one (what the host
 needs), with the error against float64; `inference`, `training` and `bank` compile the models of `compiled.py` with
-kernels="aten", "triton" and "auto". The gates' constants (`backends/triton/gates.py`) are estimates until this has run.
+kernels="aten", "triton" and "auto". The gate's constants (`backends/triton/kernel_gate.py`) are estimates until this
+has run.
 """
 
 from __future__ import annotations
@@ -26,21 +27,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxgraft as fg
-from fxgraft.backends.triton import (
-    hydralora_kernels as hydralora,
-)
-from fxgraft.backends.triton import (
-    language,
-)
-from fxgraft.backends.triton import (
-    lora_kernels as lora,
-)
-from fxgraft.backends.triton import (
-    prolora_kernels as prolora,
-)
-from fxgraft.backends.triton import (
-    unilora_kernels as unilora,
-)
+from fxgraft.backends.triton import optional_triton
+from fxgraft.backends.triton.kernels import hydralora_kernel as hydralora
+from fxgraft.backends.triton.kernels import lora_kernel as lora
+from fxgraft.backends.triton.kernels import prolora_kernel as prolora
+from fxgraft.backends.triton.kernels import unilora_kernel as unilora
 
 WHAT = ("ceilings", "kernels", "inference", "training", "bank")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -253,7 +244,11 @@ def time_kernels(report: harness.Report, device: str, top: Ceilings, quick: bool
 
 # -- models ----------------------------------------------------------------------------------------------------------
 def preferences() -> tuple[str, ...]:
-    return ("aten", "triton", "auto") if "cuda" in language.DEVICES and torch.cuda.is_available() else ("aten", "auto")
+    return (
+        ("aten", "triton", "auto")
+        if "cuda" in optional_triton.DEVICES and torch.cuda.is_available()
+        else ("aten", "auto")
+    )
 
 
 def models(
@@ -336,7 +331,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, f"benchmarks/gpu.py needs an NVIDIA GPU, and this PyTorch ({torch.__version__}) sees none\n")
-    if options.device == "cuda" and not language.INSTALLED:
+    if options.device == "cuda" and not optional_triton.INSTALLED:
         parser.exit(2, "benchmarks/gpu.py needs triton: pip install 'fxgraft[triton]'\n")
     if options.device == "cpu" and not options.quick:
         parser.error("--device cpu shows that the script runs, and goes with --quick only")

@@ -42,23 +42,23 @@ def check(model: nn.Module) -> None:
     Raises:
         FxgraftError: why, and what to do.
     """
-    from ..triton import language
+    from ..triton import optional_triton as here
     from ..triton.lower import lowerings
 
     root = unwrap(model)
-    if not language.INSTALLED:
+    if not here.INSTALLED:
         raise FxgraftError(
             "kernels='triton': triton is not installed; pip install 'fxgraft[triton]', or choose kernels='auto'"
         )
-    if "cuda" in language.DEVICES and not torch.cuda.is_available():
+    if "cuda" in here.DEVICES and not torch.cuda.is_available():
         raise FxgraftError(
             f"kernels='triton': this PyTorch ({torch.__version__}) sees no CUDA device; run on one, or choose "
             "kernels='auto', which uses kernels where they can run"
         )
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-        if tensor.device.type not in language.DEVICES:
+        if tensor.device.type not in here.DEVICES:
             raise FxgraftError(
-                f"kernels='triton': {name} is on {tensor.device}, and kernels run on {' and '.join(language.DEVICES)}; "
+                f"kernels='triton': {name} is on {tensor.device}, and kernels run on {' and '.join(here.DEVICES)}; "
                 "move the model there before compiling it, or choose kernels='auto'"
             )
     for name, module in root.named_modules():
@@ -71,10 +71,10 @@ def check(model: nn.Module) -> None:
                     f"{known}. Choose kernels='auto', which leaves it to ATen"
                 )
         dtypes = {p.dtype for p in module._parameters.values() if p is not None} if graph is not None else set()
-        if wrong := [d for d in dtypes if d.is_floating_point and d not in language.DTYPES]:
+        if wrong := [d for d in dtypes if d.is_floating_point and d not in here.DTYPES]:
             raise FxgraftError(
                 f"kernels='triton': {name!r} has {wrong[0]} weights; kernels take "
-                f"{', '.join(map(str, language.DTYPES))}. Convert the model, or choose kernels='auto'"
+                f"{', '.join(map(str, here.DTYPES))}. Convert the model, or choose kernels='auto'"
             )
 
 
@@ -82,16 +82,16 @@ def plan(wanted: KernelPreference, pipeline: Pipeline, program: Program, graphed
     """The pipeline, with the kernels' passes where there may be kernels, and a line that says what was chosen."""
     if wanted is KernelPreference.ATEN:
         return pipeline, "aten: no kernels of ours"
-    from ..triton import language
+    from ..triton import optional_triton as here
     from ..triton.lower import Lower, with_kernels
 
     if wanted is KernelPreference.AUTO:
-        if not any(device in language.DEVICES for device in _devices(program)):
-            return pipeline, f"auto: ATen only, as nothing is on {' or '.join(language.DEVICES)}"
-        if not language.INSTALLED:
+        if not any(device in here.DEVICES for device in _devices(program)):
+            return pipeline, f"auto: ATen only, as nothing is on {' or '.join(here.DEVICES)}"
+        if not here.INSTALLED:
             return pipeline, "auto: ATen only, as triton is not installed"
     lower = Lower(always=wanted is KernelPreference.TRITON, graphed=graphed)
-    return with_kernels(pipeline, lower), f"{wanted.value}: triton {language.VERSION}"
+    return with_kernels(pipeline, lower), f"{wanted.value}: triton {here.VERSION}"
 
 
 def _devices(program: Program) -> set[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .language import INTERPRETED
+from .optional_triton import INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Launch:
     Args:
         kernel: the `triton.jit` function.
         grid: programs along up to three axes.
-        arguments: tensors, None and numbers by name.
+        arguments: tensors, None, numbers and tuples of these, by name.
         constants: the `tl.constexpr` parameters by name.
         warps, stages: of a program, and of its software pipeline.
     """

@@ -32,10 +32,10 @@ from ...rewriter.emitter import add_delta
 from ...rewriter.errors import FxgraftError
 from ...rewriter.program import Pass, PassResult, Pipeline, Program, replace_meta
 from ...rewriter.sites import NoMatch
-from . import hydralora_kernels, lora_kernels, prolora_kernels, unilora_kernels  # noqa: F401  (they register)
-from .gates import decide
-from .language import DEVICES, DTYPES
-from .registry import Lowering, lowerings, shared
+from . import kernels  # noqa: F401  (they register)
+from .kernel_gate import decide
+from .lowerings import Lowering, lowerings, shared
+from .optional_triton import DEVICES, DTYPES
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Lower(Pass):
         return lowering.refuse(node.args)
 
     def _gate(self, program: Program, node: fx.Node, lowering: Lowering) -> tuple[str, bool]:
-        if program.training and lowering.trained:
+        if program.training and not lowering.bank:
             return "training: its backward pass is products that cuBLAS does well", False
         sizes = lowering.sizes(node.args)
         if sizes is None:

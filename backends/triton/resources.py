@@ -20,23 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import (
-    hydralora_kernels as hydralora,
-)
-from . import (
-    lora_kernels as lora,
-)
-from . import (
-    prolora_kernels as prolora,
-)
-from . import (
-    segments,
-)
-from . import (
-    unilora_kernels as unilora,
-)
-from .language import INSTALLED, VERSION
+from . import kernels  # noqa: F401  (they register)
 from .launch import Launch
+from .lowerings import Shape, examples
+from .optional_triton import INSTALLED, VERSION
 
 FILE = Path(__file__).with_name("RESOURCES.md")
 CAPABILITIES = (80, 90)
@@ -44,8 +31,8 @@ _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
 }  # fmt: skip
-#: samples, tokens, in, out and rank of the compiled calls: one token of 32 tenants, and four prompts
-SHAPES = {"32 x 1, rank 16": (32, 1, 4096, 4096, 16), "4 x 512, rank 64": (4, 512, 4096, 11008, 64)}
+#: of the compiled calls: one token of 32 tenants, and four prompts
+SHAPES = (Shape(32, 1, 4096, 4096, 16), Shape(4, 512, 4096, 11008, 64))
 #: the columns of the table: what each case is compiled for
 TARGETS = tuple((capability, dtype) for capability in CAPABILITIES for dtype in (torch.bfloat16, torch.float32))
 
@@ -65,56 +52,43 @@ class Resources:
         return f"{self.registers} / {self.shared:,}" + (f" / {self.spilled} SPILLED" if self.spilled else "")
 
 
-def cases(dtype: torch.dtype) -> Iterator[tuple[str, list[Launch]]]:
-    """Every kernel at the sizes of `SHAPES`; tensors without memory."""
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, str, list[Launch]]]:
+    """(kernel, case, launches) of every kernel at the sizes of `SHAPES`; tensors without memory."""
 
-    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-    for name, (samples, tokens, inner, out, rank) in SHAPES.items():
-        rows = samples * tokens
-        x, y, ids = empty(rows, inner), empty(rows, out), empty(samples, of=torch.int64)
-        A, B = empty(33, rank, inner), empty(33, rank, out)
-        yield f"bank, {name}", lora.launches(y, x, ids, A, B, 1.0, y)
-        A, B = empty(1, rank, inner, of=torch.float32), empty(1, out, rank, of=torch.float32).transpose(1, 2)
-        yield f"one, {name}, no base", lora.launches(None, x, None, A, B, 2.0, y)
-        theta, counts = empty(33, 524_288, of=torch.float32), empty(524_288, of=torch.uint8)
-        index_a, index_b = empty(4, inner, of=torch.int32), empty(4, out, of=torch.int32)
-        case = name.rpartition(",")[0]
-        A, router, B = empty(33, 8, inner), empty(33, 3, inner), empty(33, 24, out)
-        if tokens == 1:
-            yield f"bank, {case}, rank 4", unilora.launches(y, x, ids, theta, counts, index_a, index_b, y)
-            yield f"bank, {case}, rank 8, 3 experts", hydralora.launches(y, x, ids, A, router, B, 1.0, y)
-        else:
-            yield f"one, {case}, rank 4", unilora.launches(y, x, None, theta[:1], counts, index_a, index_b, y)
-            alone = A[:1], router[:1], B[:1]
-            yield f"one, {case}, rank 8, 3 experts", hydralora.launches(y, x, None, *alone, 8.0, y)
-        shared = empty(31, -(-inner // 7)), empty(-(-out // 7), 31).t()
-        unshared = empty(1, inner), empty(out, 1).t()
-        factors = shared[0], unshared[0], shared[1], unshared[1]
-        yield f"{case}, rank 32, 7 chunks", prolora.launches(y, x, *factors, 7, 7, 0.5, y)
-    values, index, one = empty(2**23, of=torch.float32), empty(2**23, of=torch.int32), empty(1, of=torch.float64)
-    yield "any", segments.launches(values, index, one, empty(524_288, of=torch.int64))
+    for shape in SHAPES:
+        rows = shape.samples * shape.tokens
+        x, y, ids = empty(rows, shape.inner), empty(rows, shape.out), empty(shape.samples, dtype=torch.int64)
+        for kernel, function in examples.items():
+            for case, launches in function(empty, shape, x, y, ids):
+                yield kernel, case, launches
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
-    signature: dict[str, str] = {}
-    constants = dict(launch.constants)
-    attributes: dict[tuple[int, ...], Any] = {}
-    for place, (name, value) in enumerate(launch.arguments.items()):
-        if isinstance(value, Tensor):
-            signature[name] = f"*{_TYPES[value.dtype]}"
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value is None or value == 1:
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "i64" if value >= 2**31 else "i32"
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    signature.update(dict.fromkeys(launch.constants, "constexpr"))
-    return {name: signature[name] for name in launch.kernel.arg_names}, constants, attributes
+def _specialised(argument: Any, place: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
+    """The type of an argument, or of a tuple's; adds what Triton takes as known of it."""
+    if isinstance(argument, tuple):
+        return tuple(_specialised(a, (*place, i), constants, attributes) for i, a in enumerate(argument))
+    if isinstance(argument, float):
+        return "fp32"
+    if argument is None or (isinstance(argument, int) and argument == 1):
+        constants[place] = argument
+        return "constexpr"
+    if isinstance(argument, Tensor) or argument % 16 == 0:
+        attributes[place] = [["tt.divisibility", 16]]
+    if isinstance(argument, Tensor):
+        return f"*{_TYPES[argument.dtype]}"
+    return "i64" if argument >= 2**31 else "i32"
+
+
+def _signature(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    names, constants, attributes = launch.kernel.arg_names, dict[Any, Any](launch.constants), dict[Any, Any]()
+    signature = {
+        name: _specialised(argument, (names.index(name),), constants, attributes)
+        for name, argument in launch.arguments.items()
+    } | dict.fromkeys(launch.constants, "constexpr")
+    return {name: signature[name] for name in names}, constants, attributes
 
 
 def compiled(launch: Launch, capability: int) -> Any:
@@ -145,12 +119,12 @@ def usage(cubin: bytes) -> dict[str, int]:
 def measure(dtype: torch.dtype, capability: int) -> dict[tuple[str, str], Resources]:
     """(kernel, case) -> what it takes, for one dtype of x and one capability."""
     found = {}
-    for case, launches in cases(dtype):
+    for name, case, launches in cases(dtype):
         for launch in launches:
             kernel = compiled(launch, capability)
             used = usage(kernel.asm["cubin"])
-            name = f"{launch.kernel.__module__.rpartition('.')[2]}.{launch.kernel.__name__}"
-            found[name, case] = Resources(used["REG"], kernel.metadata.shared, used["STACK"] + used["LOCAL"])
+            place = f"{name}.{launch.kernel.__name__}", case
+            found[place] = Resources(used["REG"], kernel.metadata.shared, used["STACK"] + used["LOCAL"])
     return found
 
 

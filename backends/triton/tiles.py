@@ -5,7 +5,7 @@ Not tuned on a GPU: chosen so that nothing spills on sm_80 and sm_90 (`RESOURCES
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: programs a call should have: about two for each multiprocessor of an A100 (108) or H100 (132)
 PROGRAMS = 256
@@ -16,18 +16,24 @@ class Tiles:
     """Sizes of one low-rank product's programs.
 
     Args:
-        rows: tokens of a tile, all of one sample; rank, inner, out: of a step along these dimensions.
+        rows: tokens of a tile, all of one sample.
+        rank, inner: of a step of `shrink`; step, out: of one of `expand`, along the rank and the output.
         split: into how many programs the sum over the input is cut; their parts are added in a fixed order.
-        warps, stages: as Triton's.
+        warps, stages: of `shrink`, as Triton's.
     """
 
     rows: int
     rank: int
     inner: int
+    step: int
     out: int
     split: int
     warps: int = 4
     stages: int = 3
+
+    def narrowed(self, inner: int = 64, out: int = 64, stages: int = 2) -> Tiles:
+        """For factors whose entries take registers to find."""
+        return replace(self, inner=min(self.inner, inner), step=16, out=min(self.out, out), stages=stages)
 
 
 def power_of_two(n: int) -> int:
@@ -51,4 +57,4 @@ def low_rank(samples: int, tokens: int, inner: int, out: int, rank: int, itemsiz
     split = 1
     while split < 16 and 2 * split * programs <= PROGRAMS and 4 * split <= steps:
         split *= 2
-    return Tiles(rows, r, k, n, split)
+    return Tiles(rows, r, k, min(r, 32), n, split)

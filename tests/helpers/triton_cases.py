@@ -17,21 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft as fg
-from fxgraft.backends.triton import (
-    hydralora_kernels as hydralora,
-)
-from fxgraft.backends.triton import (
-    lora_kernels as lora,
-)
-from fxgraft.backends.triton import (
-    prolora_kernels as prolora,
-)
-from fxgraft.backends.triton import (
-    segments,
-)
-from fxgraft.backends.triton import (
-    unilora_kernels as unilora,
-)
+from fxgraft.backends.triton.kernels import hydralora_kernel as hydralora
+from fxgraft.backends.triton.kernels import lora_kernel as lora
+from fxgraft.backends.triton.kernels import prolora_kernel as prolora
+from fxgraft.backends.triton.kernels import unilora_kernel as unilora
+from fxgraft.backends.triton.kernels.segment_sum import segment_sum
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -290,16 +280,16 @@ def segment_sums(device: str = "cpu") -> dict[str, Any]:
     values, index = torch.randn(5000, device=device) * 10.0 ** torch.randint(-6, 3, (5000,)).to(device), None
     index = torch.randint(300, (5000,), dtype=torch.int32).to(device)
     want = torch.zeros(300, dtype=torch.float64, device=device).index_add(0, index, values.double())
-    got = segments.segment_sum(values, index, 300)
+    got = segment_sum(values, index, 300)
     order = torch.randperm(5000).to(device)
-    again = segments.segment_sum(values[order], index[order], 300)
-    tiny = segments.segment_sum(values * 1e-30, index, 300)
+    again = segment_sum(values[order], index[order], 300)
+    tiny = segment_sum(values * 1e-30, index, 300)
     return {
         "error": ((got - want).abs().max() / want.abs().max()).item(),
         "tiny": ((tiny.double() * 1e30 - want).abs().max() / want.abs().max()).item(),
         "same bits": torch.equal(got, again),
-        "zeros": segments.segment_sum(torch.zeros_like(values), index, 300).abs().max().item(),
-        "nan": bool(segments.segment_sum(values.index_fill(0, order[:1], torch.inf), index, 300).isnan().all()),
+        "zeros": segment_sum(torch.zeros_like(values), index, 300).abs().max().item(),
+        "nan": bool(segment_sum(values.index_fill(0, order[:1], torch.inf), index, 300).isnan().all()),
     }
 
 

@@ -9,7 +9,7 @@ from small_models import perturb
 
 import fxgraft as fg
 from fxgraft.backends.compile import kernel_preference as kernels
-from fxgraft.backends.triton import language
+from fxgraft.backends.triton import optional_triton
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +20,8 @@ def _fresh():
 @pytest.fixture
 def there(monkeypatch):
     """A machine with triton, whose kernels run on CPU tensors."""
-    monkeypatch.setattr(language, "INSTALLED", True)
-    monkeypatch.setattr(language, "DEVICES", ("cpu",))
+    monkeypatch.setattr(optional_triton, "INSTALLED", True)
+    monkeypatch.setattr(optional_triton, "DEVICES", ("cpu",))
 
 
 def adapted(model, method=None, targets=("up", "down")):
@@ -34,20 +34,20 @@ def test_an_unknown_preference_is_refused(mlp):
 
 
 def test_triton_that_is_not_installed(mlp, monkeypatch):
-    monkeypatch.setattr(language, "INSTALLED", False)
+    monkeypatch.setattr(optional_triton, "INSTALLED", False)
     with pytest.raises(fg.FxgraftError, match=r"triton is not installed; pip install 'fxgraft\[triton\]', or choose"):
         fg.compile(adapted(mlp), kernels="triton")
 
 
 def test_no_gpu(mlp, monkeypatch):
-    monkeypatch.setattr(language, "INSTALLED", True)
+    monkeypatch.setattr(optional_triton, "INSTALLED", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(fg.FxgraftError, match="sees no CUDA device; run on one, or choose kernels='auto'"):
         fg.compile(adapted(mlp), kernels=fg.KernelPreference.TRITON)
 
 
 def test_a_model_elsewhere(mlp, monkeypatch):
-    monkeypatch.setattr(language, "INSTALLED", True)
+    monkeypatch.setattr(optional_triton, "INSTALLED", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(fg.FxgraftError, match=r"up\.weight is on cpu, and kernels run on cuda; move the model"):
         fg.compile(adapted(mlp), kernels="triton")
@@ -82,8 +82,8 @@ def test_explain_says_it(mlp, wanted, text):
 
 
 def test_auto_without_triton_is_aten(mlp, monkeypatch):
-    monkeypatch.setattr(language, "DEVICES", ("cpu",))
-    monkeypatch.setattr(language, "INSTALLED", False)
+    monkeypatch.setattr(optional_triton, "DEVICES", ("cpu",))
+    monkeypatch.setattr(optional_triton, "INSTALLED", False)
     fast = fg.compile(adapted(mlp))
     with torch.no_grad():
         fast(torch.ones(2, 7))

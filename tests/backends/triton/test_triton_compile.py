@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 FILE = Path(__file__).resolve().parents[3] / "backends" / "triton" / "RESOURCES.md"
@@ -50,3 +51,29 @@ def test_a_spill_would_show():
     from fxgraft.backends.triton.resources import Resources
 
     assert "SPILLED" in str(Resources(255, 0, 36)) and "SPILLED" not in str(Resources(255, 0, 0))
+
+
+def test_what_is_compiled_is_specialised_by_the_right_arguments():
+    """16 divides what is marked so, in the order of the kernel's parameters and inside tuples; 1 and None are known."""
+    from fxgraft.backends.triton.resources import _signature, cases
+
+    kernels = set()
+    for name, _, launches in cases(torch.bfloat16):
+        for launch in launches:
+            kernels.add((name, launch.kernel.__name__))
+            signature, constants, attributes = _signature(launch)
+            assert list(signature) == list(launch.kernel.arg_names)
+            for place, argument in flat(tuple(launch.arguments.get(n, 0.5) for n in signature)):
+                known = argument is None or (isinstance(argument, int) and argument == 1)
+                assert (place in constants) == known
+                divides = isinstance(argument, torch.Tensor) or (isinstance(argument, int) and argument % 16 == 0)
+                assert (place in attributes) == divides
+    assert {kernel for kernel, _ in kernels} == {"lora", "unilora", "hydralora", "prolora", "segment_sum"}
+
+
+def flat(arguments, place=()):
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, tuple):
+            yield from flat(argument, (*place, i))
+        else:
+            yield (*place, i), argument

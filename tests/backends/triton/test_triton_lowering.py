@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import fxgraft as fg
-from fxgraft.backends.triton.gates import Form, Sizes, decide
+from fxgraft.backends.triton.kernel_gate import Form, Sizes, decide
 from fxgraft.backends.triton.lower import Lower, with_kernels
 from fxgraft.passes.graph import pipelines
 
@@ -218,13 +218,13 @@ def test_the_gate_takes_few_rows_in_cuda_graphs():
 
 def test_the_gate_turns_once():
     """More rows never make a refused kernel pay; it pays somewhere and somewhere not."""
-    from fxgraft.backends.triton.lora_kernels import _forms
+    from fxgraft.backends.triton.kernels.lora_kernel import forms
 
     answers = []
     for rows in (1, 16, 256, 4096, 65536):
         sizes = Sizes(rows, 4096, 4096, 8, 1, 2, 2)
-        answers.append(bool(decide(sizes, rows, "", *_forms(sizes, rows), True)))
+        answers.append(bool(decide(sizes, rows, "", *forms(sizes, rows), True)))
     assert answers == sorted(answers, reverse=True) and answers[0] and not answers[-1]
     one = Sizes(1, 4096, 4096, 8, 1, 2, 2)
-    assert not decide(one, 1, "", *_forms(one, 1), False)  # asking for it from Python costs more than it saves
+    assert not decide(one, 1, "", *forms(one, 1), False)  # asking for it from Python costs more than it saves
     assert decide(one, 1, "", Form(1, 0.0, 1.0), Form(1, 0.0, 1e12), False)

@@ -12,12 +12,15 @@ float32's. A NaN or an infinity anywhere makes the whole result NaN, which a gra
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .language import jit, runs_on, tl
-from .launch import Launch, run
+from ..kernel_operator import NAMESPACE
+from ..launch import Launch, run
+from ..lowerings import Empty, Shape, register_examples
+from ..optional_triton import jit, runs_on, tl
 
 _BLOCK = 1024
 
@@ -63,7 +66,7 @@ def definition(values: Tensor, index: Tensor, length: int) -> Tensor:
 
 
 segment_sum = torch.library.custom_op(
-    "fxgraft_kernels::segment_sum", _launch, mutates_args=(), device_types=("cuda", "cpu"),
+    f"{NAMESPACE}::segment_sum", _launch, mutates_args=(), device_types=("cuda", "cpu"),
     schema="(Tensor values, Tensor index, SymInt length) -> Tensor",
 )  # fmt: skip
 
@@ -71,3 +74,10 @@ segment_sum = torch.library.custom_op(
 @segment_sum.register_fake
 def _(values, index, length):  # type: ignore[no-untyped-def]
     return values.new_empty(length)
+
+
+@register_examples("segment_sum")
+def _examples(empty: Empty, s: Shape, x: Tensor, y: Tensor, ids: Tensor) -> Iterator[tuple[str, list[Launch]]]:
+    values, index = empty(2**23, dtype=torch.float32), empty(2**23, dtype=torch.int32)
+    unit, total = empty(1, dtype=torch.float64), empty(524_288, dtype=torch.int64)
+    yield "any", launches(values, index, unit, total)
