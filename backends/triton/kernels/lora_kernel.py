@@ -61,7 +61,8 @@ def backward(
     gx = lora(None, g, ids, B, A, scale) if needs[0] else None
     if not (needs[2] or needs[3]):
         return gx, None, None, None, None
-    ga, gb = factor_gradients(x, g, *chosen(ids, A, B), scale, needs[2:4])
+    one_a, one_b = chosen(ids, A, B)
+    ga, gb = factor_gradients(x, g, one_a, one_b, scale, needs[2:4])
     return gx, None, to_stack(ga, ids, A), to_stack(gb, ids, B), None
 
 

@@ -64,7 +64,7 @@ def launches(
     if A_shared is not None and A_unshared is not None and B_shared is not None and B_unshared is not None:
         A_unshared, B_unshared = cast(A_unshared, A_shared), cast(B_unshared, B_shared)
     rank = sum(t.shape[0] for t in (A_shared, A_unshared) if t is not None)
-    t = tiles.low_rank(1, *x.shape, out_features, rank, x.itemsize)
+    t = tiles.low_rank(1, x.shape[0], x.shape[1], out_features, rank, x.itemsize)
     t = t.narrowed(16, 32) if x.itemsize >= 4 else t.narrowed()
     of_a, of_b = _factor(A_shared, A_unshared, a_chunks), _factor(B_shared, B_unshared, b_chunks)
     return product(base, x, None, 1, read_rotated, of_a, of_b, rank, scale, y, t)
