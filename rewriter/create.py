@@ -17,7 +17,7 @@ from .graft import ADAPTERS, add_adapter, host, tie
 from .graft_plan import Plan, declare, plan
 from .grafted_class import BASE, plain_view, restore_class
 from .method import Decl, Declaration, InitContext, Method
-from .modules import pending
+from .modules import missing_values
 from .modules.bias_slot import bias_slot
 from .modules.foreign_tuners import check_no_tuners
 from .modules.save_hook import take_over_saving
@@ -170,7 +170,7 @@ def _create(
         local.append(tensors.tensors())
     if any(site.device.type == "meta" for site in group.sites):
         for holder in (*local_holders, *([shared] if shared is not None else [])):
-            pending.note(holder, holder.tensors())  # shapes only
+            missing_values.note(holder, holder.tensors())  # shapes only
         return
     common = shared.tensors() if shared is not None else {}
     with torch.no_grad():

@@ -16,14 +16,14 @@ import torch
 from torch import fx, nn
 
 from .calls.disabled import Switch
-from .capture.observe import is_bookkeeping
+from .capture.observation import is_bookkeeping
 from .capture.trace import trace
 from .emitter import SLOT, WEIGHT
 from .errors import CaptureError, FxgraftError
 from .grafted_forward import compile_forward
 from .grafted_graph import graft_graph
-from .modules.pending import keeps_values
-from .modules.standin import followed, only_off, plain, retrained
+from .modules.missing_values import keeps_values
+from .modules.trained_copy import followed, only_off, plain, retrained
 from .sites import Site
 from .state import ADAPTERS, TIED, AdapterTensors, Container, lookup
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from .calls.disabled import base_forward, nothing
-from .capture.observe import Read, attribute_of
+from .capture.reads import Read, attribute_of
 from .dialect import eager_form
 
 _sources = itertools.count()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError, listing
 from .method import InitContext
-from .modules.pending import missing, settle
+from .modules.missing_values import missing, settle
 from .state import AdapterTensors, Group, M, grafted_modules, record_of, state_of, unwrap
 from .tensors import adapter_modules, trained_modules
 

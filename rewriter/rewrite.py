@@ -12,7 +12,7 @@ from .errors import AdapterError
 from .exported_program import rewrite_exported
 from .spec import Spec
 from .state import unwrap
-from .targets import warn_untied
+from .train_targets import warn_untied
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from .calls.disabled import Switch
 from .calls.sample_rows import UNPROVEN, Rows
 from .errors import AdapterError, listing
 from .method import Method
-from .modules import pending
+from .modules import missing_values
 from .sites import Site
 from .spec import Spec
 
@@ -78,7 +78,7 @@ class ModelState:
         trained: the base parameters that required grad before the first rewrite.
         frozen: of every inactive adapter, the tensors that the user froze while it was active.
         switch: the model's own, for `disabled`.
-        proved: the adapters that a forward has reached at every place (`reach.py`).
+        proved: the adapters that a forward has reached at every place (`unreached_sites.py`).
     """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -114,15 +114,15 @@ class AdapterTensors(Container):
         self.__dict__["shared"] = shared
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return pending.apply(self, fn, lambda: super(AdapterTensors, self)._apply(fn, recurse))
+        return missing_values.apply(self, fn, lambda: super(AdapterTensors, self)._apply(fn, recurse))
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        pending.settle(self)
+        missing_values.settle(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        pending.restore(self)
+        missing_values.restore(self)
 
     def tensors(self) -> dict[str, Any]:
         """Every tensor by name, derived ones included."""

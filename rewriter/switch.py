@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from .active_together import check_together, chosen_weights
+from .active_adapters import check_together, chosen_weights
 from .calls.disabled import turned_off
 from .calls.forward_inputs import GUARD, release_inputs, take_inputs
 from .capture.skeleton import copy_skeleton
@@ -18,8 +18,8 @@ from .graft import ADAPTERS, check_forward, drop_adapter, planned
 from .grafted_class import HOSTED, restore_class
 from .modules.compiled_parts import tell_from_compiled
 from .modules.fast_paths import set_fast_paths
-from .modules.reach import watch
 from .modules.save_hook import release_saving
+from .modules.unreached_sites import watch
 from .state import (
     SHARED,
     STATE,

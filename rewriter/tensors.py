@@ -12,7 +12,7 @@ from .adapter_state import AdapterState, check_same_function, methods_of
 from .errors import AdapterError, listing, near_misses
 from .graft import ADAPTERS, site_tensors
 from .graft_plan import Shape
-from .modules import pending
+from .modules import missing_values
 from .modules.shards import full, put, reshard
 from .state import SHARED, AdapterRecord, AdapterTensors, grafted_modules, record_of, state_of, unwrap
 
@@ -141,7 +141,7 @@ def write_state(root: nn.Module, name: str, given: Mapping[str, Tensor]) -> None
         for key, slot in live.items():
             put(slot, given[key])
     for _, tensors in adapter_modules(root, name, record_of(root, name)):
-        pending.settle(tensors)
+        missing_values.settle(tensors)
 
 
 def swap(model: nn.Module, state: Mapping[str, Tensor] | nn.Module, name: str = "default") -> None:

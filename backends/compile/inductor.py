@@ -18,7 +18,7 @@ from torch import fx
 from ...passes.graph.pipelines import pipeline_for
 from ...rewriter.errors import FxgraftError
 from ...rewriter.explain import COMPILED, CompileNote, note_of
-from ...rewriter.modules.reach import check_graph
+from ...rewriter.modules.unreached_sites import check_graph
 from ...rewriter.program import Pipeline, Program
 from ...rewriter.state import M, unwrap
 from .gather_apart import GatherApart

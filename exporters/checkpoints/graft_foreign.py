@@ -14,9 +14,9 @@ from ...rewriter.analysis.dataflow import tied_names
 from ...rewriter.errors import CheckpointError, listing, near_misses
 from ...rewriter.graft_plan import Plan
 from ...rewriter.method import Method
+from ...rewriter.patterns import matches
 from ...rewriter.spec import Spec
 from ...rewriter.state import M, base_modules, unwrap
-from ...rewriter.targets import matches
 from .foreign.foreign_folder import ForeignAdapter, in_model_order
 from .graft_values import filled
 

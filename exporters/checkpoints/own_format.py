@@ -20,9 +20,9 @@ from ...rewriter.errors import CheckpointError, SpecError, listing
 from ...rewriter.graft_plan import Plan
 from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first
+from ...rewriter.patterns import matches
 from ...rewriter.spec import Spec
 from ...rewriter.state import M, record_of, unwrap
-from ...rewriter.targets import matches
 from ...rewriter.tensors import _live_state
 from .folder_files import CONFIG, WEIGHTS, Stored, check_config_is_theirs, read_folder, writable, write_folder
 from .graft_values import check_derived, derived_hash, filled

@@ -23,9 +23,9 @@ from torch import Tensor, fx, nn
 from ...rewriter.analysis.effects import attribute, effect, value
 from ...rewriter.analysis.memory import Memory, erase_unread
 from ...rewriter.dialect import is_dialect, traits_of
+from ...rewriter.patterns import matches
 from ...rewriter.program import Pass, PassResult, Program, replace_meta
 from ...rewriter.sites import NoMatch
-from ...rewriter.targets import matches
 from ..methods.lora import lora
 from .products import one_product, split, summed
 

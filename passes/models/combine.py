@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ...rewriter.active_together import check_together, chosen_weights
+from ...rewriter.active_adapters import check_together, chosen_weights
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.grafted_class import plain_view
 from ...rewriter.sites import Site

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.active_together import check_together, chosen_weights
+from ...rewriter.active_adapters import check_together, chosen_weights
 from ...rewriter.analysis.dataflow import tied_names
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.grafted_class import plain_view

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..capture.watched import captured
+from ..capture.captured import captured
 from ..errors import AdapterError
 
 

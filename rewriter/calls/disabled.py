@@ -20,7 +20,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from ..capture.watched import captured
+from ..capture.captured import captured
 from ..errors import AdapterError
 
 _keys: contextvars.ContextVar[Any] = contextvars.ContextVar("fxgraft_off")

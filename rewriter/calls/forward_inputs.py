@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 
-from ..capture.watched import captured
+from ..capture.captured import captured
 from ..errors import AdapterError
 from ..grafted_class import BASE, attributes
 from .call_values import put

@@ -5,7 +5,7 @@
     if slow: ... and no `self.q(x)` anywhere      q.weight   whatever runs, it is not the child
 
 A read of shape, dtype or device is none. What source cannot tell (a local name for the child, a forward captured in a
-lambda) is left to the watched first forward (`reach.py`).
+lambda) is left to the watched first forward (`unreached_sites.py`).
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, listing
-from .observe import Observation, Read, is_bookkeeping, protected
-from .outside import Surroundings
+from .observation import Observation, is_bookkeeping, protected
+from .reads import Read
+from .surroundings import Surroundings
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ _lock = threading.RLock()
 def _structure(module: nn.Module) -> tuple[Any, ...]:
     """What decides the graph of a module whatever its forward reads: its class, its tensors, its children.
 
-    A forward of the user's own is watched like all that runs (`outside.py`); one of torch's may have been replaced too.
+    A forward of the user's own is watched like all that runs (`surroundings.py`); one of torch's may be another too.
     """
     tensors = itertools.chain(module._parameters.items(), module._buffers.items())
     return (

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..calls.disabled import tell_recomputations
-from ..capture.watched import captured
+from ..capture.captured import captured
 from ..state import is_compiled
 
 

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 import fxgraft as fg
-from fxgraft.rewriter.targets import matches, output_heads, resolve
+from fxgraft.rewriter.output_heads import output_heads
+from fxgraft.rewriter.patterns import matches
+from fxgraft.rewriter.targets import resolve
 
 
 def names(model, **spec):

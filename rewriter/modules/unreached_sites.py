@@ -14,123 +14,26 @@ of the model do that are compiled on their own.
 
 from __future__ import annotations
 
-import bisect
-import os
 import sys
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..analysis.dataflow import tied_names
 from ..calls.disabled import nothing
-from ..capture.watched import captured
+from ..capture.captured import captured
 from ..errors import AdapterError, listing
 from ..graft import site_tensors
 from ..state import ADAPTERS, STATE, ModelState, grafted_modules
+from .base_reads import Place, PlaceMemory, Reads
 from .compiled_parts import compiled_parts
 
 HOOK = "fxgraft"  # key of the hooks on a root
-_METADATA = ("_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
-#: what every call of compiled code goes through; its module is only imported when something is compiled
-_COMPILED = (os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py"), "compile_wrapper")
-_LOOKUPS = ("embedding", "embedding_bag", "_embedding_bag", "embedding_renorm_")
-
-
-@dataclass
-class _Place:
-    """A site or a trained module: the memory of the base's tensors, and of what is read with or instead of them."""
-
-    name: str
-    adapter: str
-    owner: int  # id of the module
-    base: list[Tensor]
-    adapted: list[Tensor]
-    trained: bool = False
-    looked_up: bool = False  # tied to an embedding, which may read the base's values
-    read: set[str] = field(default_factory=set)
-    by: str = ""
-    compiled: bool = False  # read by compiled code, of which the mode sees some operators and not others
-
-
-class _Memory:
-    """Which places a tensor's memory belongs to."""
-
-    def __init__(self, places: Iterable[_Place]) -> None:
-        self._at: dict[int, tuple[int, list[tuple[_Place, str]]]] = {}
-        for place in places:
-            for what, tensors in (("base", place.base), ("adapted", place.adapted)):
-                for tensor in tensors:
-                    start = tensor.data_ptr()
-                    end, found = self._at.get(start, (0, []))
-                    self._at[start] = max(end, start + tensor.nbytes), [*found, (place, what)]
-        self._starts = sorted(self._at)
-
-    def read(self, tensor: Tensor, by: str) -> list[_Place]:
-        """Note that an operator takes this tensor; the places whose base it reads."""
-        try:
-            pointer = tensor.data_ptr()
-        except RuntimeError:  # a tensor without memory, of a functional or fake kind
-            return []
-        index = bisect.bisect_right(self._starts, pointer) - 1
-        if index < 0:
-            return []
-        end, found = self._at[self._starts[index]]
-        based = []
-        for place, what in found if pointer < end else ():
-            if what == "base" and place.looked_up and by in _LOOKUPS:
-                continue
-            place.read.add(what)
-            if what == "base":
-                place.by = by
-                based.append(place)
-        return based
-
-
-def _in_compiled_code() -> bool:
-    frame = sys._getframe(1)
-    while frame is not None and (frame.f_code.co_filename, frame.f_code.co_name) != _COMPILED:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None
-
-
-class _Reads(TorchDispatchMode):
-    """Notes which tensors the operators of a forward take."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """`torch.cond` compiles its branches when it is called: the compiler shall not meet the mode."""
-        return True
-
-    def __init__(self, memory: _Memory) -> None:
-        super().__init__()
-        self._memory = memory
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(getattr(func, "overloadpacket", func), "__name__", str(func))
-        if not _looks_only(func, name):
-            for value in tree_leaves((args, kwargs)):
-                if type(value) in (Tensor, nn.Parameter):
-                    for place in self._memory.read(value, name):
-                        place.compiled = place.compiled or _in_compiled_code()
-        return func(*args, **(kwargs or {}))
-
-
-def _looks_only(func: Any, name: str) -> bool:
-    """Whether an operator gives a view, or reads nothing but shape and dtype."""
-    schema = getattr(func, "_schema", None)
-    if schema is None:
-        return False
-    view = not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
-    return view or name.endswith(_METADATA)
 
 
 # -- what to watch -----------------------------------------------------------------------------------------------
@@ -143,11 +46,11 @@ def _dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and type(tensor.data) is Tensor
 
 
-def _places(root: nn.Module, state: ModelState, names: Iterable[str]) -> list[_Place]:
+def _places(root: nn.Module, state: ModelState, names: Iterable[str]) -> list[Place]:
     modules = grafted_modules(root)
     ties = tied_names(root)
     embeddings = {path for path, module in modules.items() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
-    found: list[_Place] = []
+    found: list[Place] = []
     for name in names:
         record = state.adapters[name]
         asks = {group.method for group in record.groups if group.method.inputs}  # told per call: maybe the base's
@@ -161,7 +64,7 @@ def _places(root: nn.Module, state: ModelState, names: Iterable[str]) -> list[_P
                 base = _plain([modules[path]._parameters.get(site.weight)])
                 own = _plain(tensors.tensors().values())
                 if base and own and others <= embeddings:
-                    found.append(_Place(site.name, name, id(modules[path]), base, own, looked_up=bool(others)))
+                    found.append(Place(site.name, name, id(modules[path]), base, own, looked_up=bool(others)))
         followed = {tie.full for tie in record.ties}
         for path in record.train if state.weights.get(name, 1) == 1 else ():
             copied = modules[path]._modules[ADAPTERS]._modules[name]  # type: ignore[union-attr]
@@ -172,12 +75,12 @@ def _places(root: nn.Module, state: ModelState, names: Iterable[str]) -> list[_P
                     base += _plain([parameter])
             own = _plain(copied.parameters())  # type: ignore[union-attr]
             if base and own:
-                found.append(_Place(path, name, id(modules[path]), base, own, trained=True))
+                found.append(Place(path, name, id(modules[path]), base, own, trained=True))
     return found
 
 
 # -- judging -----------------------------------------------------------------------------------------------------
-def _judge(places: Iterable[_Place]) -> None:
+def _judge(places: Iterable[Place]) -> None:
     for place in places:
         if "base" in place.read and not place.compiled and (place.trained or "adapted" not in place.read):
             what = "trained in full" if place.trained else "a site"
@@ -207,8 +110,8 @@ def _judge(places: Iterable[_Place]) -> None:
 class _Run:
     root: nn.Module
     names: tuple[str, ...]
-    places: list[_Place]
-    mode: _Reads
+    places: list[Place]
+    mode: Reads
     frame: Any  # of `_call_impl`, which calls the hooks from an inner function or, after an error, itself
     thread: int
 
@@ -246,7 +149,7 @@ def _before(root: nn.Module, args: Any) -> None:
             return
         compiled = _compiled_parts(root)
         places = [place for place in _places(root, state, names) if place.owner not in compiled]
-        _run = _Run(root, names, places, _Reads(_Memory(places)), sys._getframe(2), threading.get_ident())
+        _run = _Run(root, names, places, Reads(PlaceMemory(places)), sys._getframe(2), threading.get_ident())
         _run.mode.__enter__()
 
 
@@ -294,7 +197,7 @@ def check_graph(root: nn.Module, graph: fx.Graph, inputs: Mapping[fx.Node, Tenso
     if state is None or (keys is not nothing and state.switch.key in keys):
         return None
     places = _places(root, state, [name for name in state.active if name not in state.proved])
-    memory = _Memory(places)
+    memory = PlaceMemory(places)
     for node, tensor in inputs.items():
         for user in node.users:
             name = getattr(user.target, "__name__", str(user.target))

@@ -12,28 +12,21 @@ import dis
 import enum
 import functools
 import gc
-import os
 import random
 import sys
-import sysconfig
 import types
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .observe import Read
+from .library_code import is_library_name, runs_library_code
+from .reads import Read
 from .value_keys import Opaque, Same, freeze, is_comparable, is_fixed, is_plain
 
-_STANDARD = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
-_LIBRARIES = tuple(
-    os.path.dirname(os.path.realpath(str(file))) + os.sep
-    for file in (torch.__file__, np.__file__, Path(__file__).parent)
-)
 #: what is asked at a call and would be answered once and for all
 _QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled",
               "get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype", "get_default_dtype",
@@ -42,25 +35,6 @@ _QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabl
               "are_deterministic_algorithms_enabled", "getenv"}  # fmt: skip
 _MODES = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
 _CLOCKS = {"time", "datetime", "secrets", "uuid"}
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_library(file: str, module: str) -> bool:
-    """Whether code is Python's, torch's, numpy's or ours: what these read is their own affair."""
-    if file.startswith("<"):  # made at run time: a dataclass's methods, an fx graph's code, a cell of a notebook
-        made = file.startswith(("<frozen", "<eval_with_key", "<fxgraft")) or module.startswith("namedtuple_")
-        return made or is_library_name(module)
-    path = os.path.realpath(file)
-    return path.startswith(_LIBRARIES) or (path.startswith(_STANDARD) and "-packages" not in path)
-
-
-def is_library_name(module: str) -> bool:
-    top = module.partition(".")[0]
-    return top in ("torch", "numpy", "fxgraft", "builtins") or (top in sys.stdlib_module_names and top != "__main__")
-
-
-def _of_library(frame: types.FrameType) -> bool:
-    return _is_library(frame.f_code.co_filename, str(frame.f_globals.get("__name__", "")))
 
 
 def _entering() -> dict[types.CodeType, str]:
@@ -106,7 +80,7 @@ class Surroundings:
 
     def _event(self, frame: types.FrameType, event: str, function: Any) -> None:
         if event == "c_call":
-            if not _of_library(frame):
+            if not runs_library_code(frame):
                 self._asked(getattr(function, "__name__", ""), function)
             return
         if event != "call":
@@ -115,8 +89,8 @@ class Surroundings:
         caller = frame.f_back
         if code in self._entering:
             self._refuse(f"it {self._entering[code]}, which a graph would lose")
-        elif _of_library(frame):
-            if caller is not None and not _of_library(caller):
+        elif runs_library_code(frame):
+            if caller is not None and not runs_library_code(caller):
                 self._asked(code.co_name, frame)
         elif code not in self._frames:
             self._frames[code] = None

@@ -1,0 +1,32 @@
+"""Patterns of names: `query`, `layer.*.attention`, `re:...`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+
+from .bounded_regex import full_match
+from .errors import TargetError, listing, near_misses
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a dotted name matches: `re:` the whole name, globs from any component on, else a name ending."""
+    if pattern.startswith("re:"):
+        return full_match(pattern[3:], name) is not None
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def is_name(pattern: str) -> bool:
+    return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
+
+
+def inside(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(root + ".") for root in roots)
+
+
+def no_match(what: str, pattern: str, known: Iterable[str]) -> TargetError:
+    known = list(known)
+    close = near_misses(pattern.removeprefix("re:"), known) or sorted({n.rpartition(".")[2] for n in known})[:8]
+    return TargetError(f"{what} {pattern!r} matches nothing in this model. Close names: {listing(close)}")

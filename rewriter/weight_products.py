@@ -1,0 +1,114 @@
+"""From a 2-d parameter to its sites: the product it takes part in, in the graph of its owner or of a module above."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from .capture.parent_reads import reader_of
+from .capture.trace import trace
+from .errors import CaptureError, TargetError
+from .grafted_class import base_class, plain_view
+from .sites import LinearNode, NoMatch, Site, find_linears
+from .spec import Target
+
+_NOT_LINEAR = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A 2-d parameter that may turn out to be a linear weight."""
+
+    name: str
+    owner: str
+    attribute: str
+
+
+def candidates_of(modules: Mapping[str, nn.Module]) -> dict[str, Candidate]:
+    found = {}
+    for path, module in modules.items():
+        if isinstance(module, _NOT_LINEAR):
+            continue
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 2:
+                name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
+                found[name] = Candidate(name, path, attribute)
+    return found
+
+
+def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -> LinearNode | NoMatch:
+    """The product a candidate takes part in, from the trace of its owner alone."""
+    owner = model_modules[candidate.owner]
+    parent = model_modules.get(candidate.owner.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return NoMatch(
+            "nn.MultiheadAttention reads this weight without calling the layer: an adapter on it would be "
+            "silently skipped; use separate projections"
+        )
+    reader = reader_of(model_modules, candidate.owner, candidate.attribute)
+    if reader is not None:
+        return _hosted(model_modules, candidate, reader)
+    base = base_class(owner)
+    if base.forward is nn.Module.forward:
+        return NoMatch(f"{base.__name__} has no forward")
+    try:
+        graph = trace(plain_view(owner)).graph
+    except CaptureError as error:
+        return NoMatch(str(error))
+    parameters = {n: p for n, p in owner._parameters.items() if p is not None}
+    found = find_linears(graph, parameters)[candidate.attribute]
+    return found if isinstance(found, NoMatch) else found[0]
+
+
+def _hosted(modules: Mapping[str, nn.Module], candidate: Candidate, reader: str) -> LinearNode | NoMatch:
+    """The product in the graph of the module that reads the weight, where torch.fx can follow its forward."""
+    host, within = modules[reader], candidate.owner[len(reader) + 1 if reader else 0 :]
+    said = (
+        f"{base_class(host).__name__} ({reader or 'the root'}) reads this weight without calling the layer: an adapter "
+        "on it would be silently skipped"
+    )
+    try:
+        graph = trace(plain_view(host)).graph
+    except CaptureError as error:
+        return NoMatch(f"{said}, and cannot be put into the product itself: {error}")
+    if any(node.op == "call_module" and f"{within}.".startswith(f"{node.target}.") for node in graph.nodes):
+        return NoMatch(f"{said} there, as the layer is called too")
+    owner = modules[candidate.owner]
+    tensors = {f"{within}.{name}": p for name, p in owner._parameters.items() if p is not None}
+    found = find_linears(graph, tensors)[f"{within}.{candidate.attribute}"]
+    if isinstance(found, NoMatch):
+        return NoMatch(f"{said}, and cannot be put into the product itself: {found.reason}")
+    bias = found[0].bias_name
+    return replace(found[0], bias_name=None if bias is None else bias.rpartition(".")[2], host=reader)
+
+
+def sites_of(candidate: Candidate, linear: LinearNode, weight: Tensor, target: Target | None) -> list[Site]:
+    produced = weight.shape[1 - linear.contracted]
+    parts = target.parts if target else 1
+    if produced % parts:
+        raise TargetError(
+            f"Target({target.pattern!r}, parts={parts}): {candidate.name!r} produces {produced} features, "  # type: ignore[union-attr]
+            f"which {parts} does not divide"
+        )
+    selected = target.select if target and parts > 1 else (0,)
+    return [
+        Site(
+            name=candidate.name if parts == 1 else f"{candidate.name}[{part}]",
+            owner=candidate.owner,
+            weight=candidate.attribute,
+            bias=linear.bias_name,
+            in_features=weight.shape[linear.contracted],
+            out_features=produced // parts,
+            contracted=linear.contracted,
+            offset=part * (produced // parts),
+            part=part,
+            parts=parts,
+            dtype=weight.dtype,
+            device=weight.device,
+            form=linear.form,
+            host=linear.host,
+        )
+        for part in selected
+    ]
