@@ -15,7 +15,7 @@ from .exporters.onnx.gpu_report import GpuReport
 from .exporters.onnx.quantize import QuantizedOnnx, quantize_onnx
 from .exporters.onnx.verify import Verification, verify
 from .exporters.ort.session import OrtSession
-from .passes.methods import GLoRA, GLoRAPath, HydraLoRA, LoRA, LoRASB, LoRAXS, PRoLoRA, UniLoRA, VeRA
+from .passes.methods import *  # noqa: F403  (every method)
 from .passes.methods.glora.fix_paths import fix_paths, get_paths, set_paths
 from .passes.methods.glora.search import search_paths
 from .passes.methods.hydralora.breakdown import lora_breakdown
@@ -59,18 +59,11 @@ __all__ = [
     "CheckpointError",
     "ExportError",
     "FxgraftError",
-    "GLoRA",
-    "GLoRAPath",
     "GpuReport",
-    "HydraLoRA",
     "KernelPreference",
-    "LoRA",
-    "LoRASB",
-    "LoRAXS",
     "MergeError",
     "OnnxExport",
     "OrtSession",
-    "PRoLoRA",
     "Package",
     "PackageError",
     "ParityError",
@@ -81,9 +74,7 @@ __all__ = [
     "SpecError",
     "Target",
     "TargetError",
-    "UniLoRA",
     "UpdateEstimate",
-    "VeRA",
     "Verification",
     "VerifyError",
     "active",
@@ -125,3 +116,4 @@ __all__ = [
     "to_lora",
     "verify",
 ]
+__all__ += passes.methods.__all__

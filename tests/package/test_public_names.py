@@ -68,6 +68,7 @@ def test_public_names_are_the_ones_the_root_imports(tmp_path):
     for node in ast.walk(ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             imported |= {alias.asname or alias.name for alias in node.names}
+    imported = imported - {"*"} | set(fxgraft.passes.methods.__all__)  # the one star
     public = {name for name in imported if not name.startswith("_")}
     assert not public - set(fxgraft.__all__), "imported by the root, but not offered in __all__"
 
