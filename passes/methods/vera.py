@@ -97,7 +97,7 @@ class VeRA(Method, key="vera"):
     """
 
     free: ClassVar[tuple[str, ...]] = ("dropout", "d_initial")
-    vectors: ClassVar[tuple[str, ...]] = ("d", "b")  # section 4: ten times LoRA's learning rate
+    vectors: ClassVar[tuple[str, ...]] = ("d", "b")  # the paper trains them at rates well above those of LoRA
 
     rank: int = 256
     seed: int = 0
