@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import methods
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,7 @@ PATHS = [
     ("none", "constant", "none", "none", "none"),
 ]
 METHODS = {
-    "lora": fg.LoRA(rank=2),
-    "lora_xs": fg.LoRAXS(rank=2),
-    "unilora": fg.UniLoRA(rank=2, vector_length=20),
-    "prolora": fg.PRoLoRA(rank=4, a_chunks=2, b_chunks=3),
-    "hydralora": fg.HydraLoRA(rank=2),
-    "supernet": fg.GLoRA(rank=2),
+    **methods.METHODS,
     **{"glora " + " ".join(path): fg.GLoRA(rank=2, path=fg.GLoRAPath(*path)) for path in PATHS},
 }
 #: name -> (writes into the output, the same without writing)
@@ -75,7 +71,7 @@ def test_written_into(method: str, shape: tuple[int, ...], parts: int) -> None:
         for bias in (True, False):
             torch.manual_seed(0)
             base = Layer(pure, bias)
-            want = fg.rewrite(base, fg.Spec(METHODS[method], targets=targets)).train()
+            want = methods.graft(base, fg.Spec(METHODS[method], targets=targets)).train()
             generator = torch.Generator().manual_seed(5)
             for tensor in fg.adapter_state(want).values():
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
@@ -100,7 +96,7 @@ def test_an_activation_that_writes_and_two_adapters(method: str) -> None:
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
     results = []
     for inplace in (True, False):
-        adapted = fg.rewrite(model(inplace), fg.Spec(METHODS[method], targets=["0", "2"]), name="a")
+        adapted = methods.graft(model(inplace), fg.Spec(METHODS[method], targets=["0", "2"]), name="a")
         adapted = fg.rewrite(adapted, fg.Spec(fg.LoRA(rank=2), targets=["0"]), name="b")
         generator = torch.Generator().manual_seed(5)
         for name in ("a", "b"):

@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
+from methods import MERGEABLE, METHODS, graft
 from small_models import perturb
 from torch import nn
 
 import fxgraft as fg
 from fxgraft.rewriter.switch import base_of
-
-METHODS = {"lora": fg.LoRA(rank=3), "unilora": fg.UniLoRA(rank=3, vector_length=100)}
 
 
 @pytest.fixture(params=METHODS)
@@ -26,7 +25,7 @@ def test_base_is_shared_and_unchanged(bert, method):
     before = copy.deepcopy(bert.state_dict())
     flags = {n: p.requires_grad for n, p in bert.named_parameters()}
     modules = [type(m) for m in bert.modules()]
-    adapted = perturb(fg.rewrite(bert, fg.Spec(method, ["query", "dense"], train=["classifier"])))
+    adapted = perturb(graft(bert, fg.Spec(method, ["query", "dense"], train=["classifier"])))
     assert type(adapted) is type(bert)
     assert storages(adapted) == storages(bert)
     assert list(bert.state_dict()) == list(before) and [type(m) for m in bert.modules()] == modules
@@ -36,7 +35,7 @@ def test_base_is_shared_and_unchanged(bert, method):
 
 
 def test_only_adapters_and_trained_modules_require_grad(bert, method):
-    adapted = fg.rewrite(bert, fg.Spec(method, ["query"], train=["classifier"]))
+    adapted = graft(bert, fg.Spec(method, ["query"], train=["classifier"]))
     trainable = [n for n, p in adapted.named_parameters() if p.requires_grad]
     assert trainable and all("fxgraft" in n for n in trainable)
     assert {"classifier.fxgraft.default.weight", "classifier.fxgraft.default.bias"} <= set(trainable)
@@ -44,7 +43,7 @@ def test_only_adapters_and_trained_modules_require_grad(bert, method):
 
 def test_training_the_result_leaves_the_input_alone(bert, ids, method):
     before = bert(ids).logits.detach()
-    adapted = fg.rewrite(bert, fg.Spec(method, ["query"], train=["classifier"])).train()
+    adapted = graft(bert, fg.Spec(method, ["query"], train=["classifier"])).train()
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
     for _ in range(3):
         optimizer.zero_grad()
@@ -93,7 +92,7 @@ def test_the_graph_says_who_made_its_nodes(bert):
 
 def test_several_adapters(bert, ids, method):
     base = bert(ids).logits
-    a = perturb(fg.rewrite(bert, fg.Spec(method, ["query"], train=["classifier"])))
+    a = perturb(graft(bert, fg.Spec(method, ["query"], train=["classifier"])))
     only_a = a(ids).logits
     b = fg.rewrite(a, fg.Spec(fg.LoRA(2), ["query", "value"]), name="b")
     assert fg.active(b) == ["b"] and fg.active(a) == ["default"]
@@ -123,7 +122,7 @@ def test_a_second_rewrite_does_not_tie_the_first_model(bert, ids):
 
 def test_disabled_is_bitwise_the_base(bert, ids, method):
     base = bert(ids).logits
-    adapted = perturb(fg.rewrite(bert, fg.Spec(method, ["query", "dense"], train=["classifier"])))
+    adapted = perturb(graft(bert, fg.Spec(method, ["query", "dense"], train=["classifier"])))
     with fg.disabled(adapted):
         assert torch.equal(adapted(ids).logits, base)
         assert not adapted(ids).logits.requires_grad
@@ -136,7 +135,7 @@ def test_disabled_is_bitwise_the_base(bert, ids, method):
 def test_remove_leaves_the_plain_base(bert, ids, method):
     bert.bert.embeddings.requires_grad_(False)
     flags = {n: p.requires_grad for n, p in bert.named_parameters()}
-    adapted = perturb(fg.rewrite(bert, fg.Spec(method, ["query"], train=["classifier"])))
+    adapted = perturb(graft(bert, fg.Spec(method, ["query"], train=["classifier"])))
     adapted = fg.rewrite(adapted, fg.Spec(fg.LoRA(2), ["value"]), name="b")
     fg.remove(adapted, "default")
     assert fg.active(adapted) == ["b"] and not any("default" in n for n in adapted.state_dict())
@@ -150,8 +149,8 @@ def test_remove_leaves_the_plain_base(bert, ids, method):
 
 
 def test_swap_writes_all_or_nothing(bert, ids, method):
-    adapted = perturb(fg.rewrite(bert, fg.Spec(method, ["query"], train=["classifier"])))
-    other = perturb(fg.rewrite(bert, fg.Spec(method, ["query"], train=["classifier"])))
+    adapted = perturb(graft(bert, fg.Spec(method, ["query"], train=["classifier"])))
+    other = perturb(graft(bert, fg.Spec(method, ["query"], train=["classifier"])))
     before = adapted(ids).logits
     state = fg.adapter_state(other)
     for broken, says in [
@@ -177,12 +176,13 @@ def test_base_of_is_plain(bert, ids):
 def test_sequential_roots_and_heads(method):
     """`nn.Sequential` calls every child it has, the adapters' containers too."""
     head = nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 3))
-    model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 12), head)
+    model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 12), head).eval()
     x = torch.randn(5, 20)
-    adapted = perturb(fg.rewrite(model, fg.Spec(method, ["0", "2"], exclude="3.*", train=["3"])))
+    adapted = perturb(graft(model, fg.Spec(method, ["0", "2"], exclude="3.*", train=["3"])))
     out = adapted(x)
     assert not torch.allclose(out, model(x))
-    torch.testing.assert_close(fg.merge(adapted)(x), out, rtol=1e-5, atol=1e-6)
+    if method in MERGEABLE.values():
+        torch.testing.assert_close(fg.merge(adapted)(x), out, rtol=1e-5, atol=1e-6)
     with fg.disabled(adapted):
         assert torch.equal(adapted(x), model(x))
     torch.testing.assert_close(copy.deepcopy(adapted)(x), out)

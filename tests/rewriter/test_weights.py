@@ -7,20 +7,11 @@ import pickle
 
 import pytest
 import torch
+from methods import MERGEABLE, METHODS, graft
 from torch import nn
 
 import fxgraft as fg
 
-METHODS = {
-    "lora": fg.LoRA(rank=2),
-    "lora_xs": fg.LoRAXS(rank=2),
-    "unilora": fg.UniLoRA(rank=2, vector_length=40),
-    "prolora": fg.PRoLoRA(rank=4, a_chunks=2, b_chunks=2),
-    "hydralora": fg.HydraLoRA(rank=2),
-    "supernet": fg.GLoRA(rank=2),
-    "glora": fg.GLoRA(rank=2, path=fg.GLoRAPath("lora", "vector", "lora", "vector", "vector")),
-    "glora rows": fg.GLoRA(rank=2, path=fg.GLoRAPath("vector", "lora", "none", "constant", "constant")),
-}
 WEIGHTS = {"a": 0.7, "b": -0.2}
 X = torch.randn(5, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -45,7 +36,7 @@ def noisy(model: nn.Module, name: str, seed: int) -> nn.Module:
 
 
 def two(method: fg.LoRA, base: nn.Module | None = None, targets=("0", "2"), second: fg.LoRA | None = None) -> nn.Module:  # type: ignore[no-untyped-def]
-    model = noisy(fg.rewrite(base or mlp(), fg.Spec(method, targets=targets), name="a"), "a", 1)
+    model = noisy(graft(base or mlp(), fg.Spec(method, targets=targets), name="a"), "a", 1)
     return noisy(fg.rewrite(model, fg.Spec(second or fg.LoRA(rank=3), targets=targets), name="b"), "b", 2)
 
 
@@ -77,7 +68,7 @@ def test_the_weighted_sum(method: str) -> None:
         close(model(X), want, method)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(twin(X), model(X)) and fg.active_weights(twin) == weights
-        if method in ("hydralora", "supernet"):
+        if method not in MERGEABLE:
             continue
         for merged in (fg.merge(model), fg.merge(model, weights), fg.merge(model, weights=weights),
                        fg.merge(model, list(weights), weights=list(weights.values()))):  # fmt: skip

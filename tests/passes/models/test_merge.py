@@ -4,37 +4,40 @@ import copy
 
 import pytest
 import torch
+from methods import LOW_RANK, MERGEABLE, METHODS, graft
 from small_models import perturb
 from torch import nn
 
 import fxgraft as fg
+from fxgraft.rewriter.state import record_of
 
-METHODS = {"lora": fg.LoRA(rank=3), "unilora": fg.UniLoRA(rank=3, vector_length=60, init_bound=0.5)}
 
-
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=MERGEABLE)
 def method(request):
-    return METHODS[request.param]
+    return MERGEABLE[request.param]
 
 
 def test_merged_model_is_plain_and_equal(bert, ids, method):
-    adapted = perturb(fg.rewrite(bert, fg.Spec(method, ["query", "dense"], train=["classifier"])))
+    adapted = perturb(graft(bert, fg.Spec(method, ["query", "dense"], train=["classifier"])))
     merged = fg.merge(adapted)
     assert [type(m) for m in merged.modules()] == [type(m) for m in bert.modules()]
     assert list(merged.state_dict()) == list(bert.state_dict())
     assert not any("fxgraft" in key for m in merged.modules() for key in m.__dict__)
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-6)
+    ends = ("weight", "bias") if method.adds_bias(record_of(adapted, "default").sites[0]) else ("weight",)
+    weights = [f"{layer}.{end}" for layer in ("query", "dense") for end in ends]
     for name, tensor in merged.state_dict().items():
-        changed = any(t in name for t in ("query.weight", "dense.weight", "classifier"))
+        changed = any(t in name for t in (*weights, "classifier"))
         assert torch.equal(tensor, bert.state_dict()[name]) is not changed, name
-        if not changed:
+        written = method.not_low_rank and name.endswith("bias")  # a method may write the bias it did not change
+        if not changed and not written:
             assert tensor.untyped_storage().data_ptr() == bert.state_dict()[name].untyped_storage().data_ptr()
     assert all(p.requires_grad for p in merged.parameters())
 
 
 def test_base_and_adapted_stay_bit_for_bit(bert, ids, method):
     before = copy.deepcopy(bert.state_dict())
-    adapted = perturb(fg.rewrite(bert, fg.Spec(method, ["query"], train=["classifier"])))
+    adapted = perturb(graft(bert, fg.Spec(method, ["query"], train=["classifier"])))
     outputs = adapted(ids).logits
     merged = fg.merge(adapted)
     with torch.no_grad():
@@ -46,15 +49,27 @@ def test_base_and_adapted_stay_bit_for_bit(bert, ids, method):
         assert torch.equal(adapted(ids).logits, bert(ids).logits)
 
 
+@pytest.mark.parametrize("method", LOW_RANK.values(), ids=LOW_RANK)
 def test_float32_sum_one_cast(method):
     layer = nn.Linear(24, 16).to(torch.bfloat16)
-    adapted = perturb(fg.rewrite(layer, fg.Spec(method)))
+    adapted = perturb(graft(layer, fg.Spec(method)))
     A, B = fg.passes.models.factors.linear_factors(adapted, "default")[""]
     exact = layer.weight.double() + B.double() @ A.double()
     merged = fg.merge(adapted).weight
     assert merged.dtype == torch.bfloat16
     # one rounding to bf16 (8 significant bits): at most half a unit in the last place
     assert ((merged.double() - exact).abs() <= exact.abs() * 2**-8 * 1.001).all()
+
+
+@pytest.mark.parametrize("method", [m for n, m in METHODS.items() if n not in MERGEABLE], ids=lambda m: m.key)
+def test_a_method_that_is_no_weight_is_refused(mlp, method):
+    adapted = perturb(graft(mlp, fg.Spec(method, ["up", "down"])))
+    before, x = copy.deepcopy(adapted.state_dict()), torch.randn(3, 7)
+    want = adapted(x)
+    with pytest.raises(fg.MergeError, match=type(method).__name__):
+        fg.merge(adapted)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapted.state_dict().items())
+    assert torch.equal(adapted(x), want)
 
 
 def test_several_adapters_and_names(bert, ids):
@@ -124,7 +139,7 @@ def test_a_layer_without_a_bias_gets_one():
 
 def test_conv1d_and_parts(gpt2, ids, method):
     spec = fg.Spec(method, [fg.Target("c_attn", 3, (0, 2)), "c_proj"])
-    adapted = perturb(fg.rewrite(gpt2, spec))
+    adapted = perturb(graft(gpt2, spec))
     merged = fg.merge(adapted)
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-5)
     base = gpt2.transformer.h[0].attn.c_attn.weight
@@ -193,16 +208,18 @@ def test_meta_weights_are_refused():
         fg.merge(fg.rewrite(layer, fg.Spec(fg.LoRA(2))))
 
 
+@pytest.mark.parametrize("method", LOW_RANK.values(), ids=LOW_RANK)
 def test_to_lora_is_exact(gpt2, ids, method):
     spec = fg.Spec(method, [fg.Target("c_attn", 3, (0, 2)), "c_proj"], overrides={"h.1.*": fg.LoRA(2)})
-    adapted = perturb(fg.rewrite(gpt2, spec))
+    adapted = perturb(graft(gpt2, spec))
     plain = fg.to_lora(adapted)
     assert {row.method for row in fg.explain(plain).rows} == {"lora"}
     torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", LOW_RANK.values(), ids=LOW_RANK)
 def test_to_lora_takes_the_head_along(bert, ids, method):
-    adapted = perturb(fg.rewrite(bert, fg.Spec(method, ["query"], train=["classifier"])))
+    adapted = perturb(graft(bert, fg.Spec(method, ["query"], train=["classifier"])))
     plain = fg.to_lora(adapted)
     torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-6)
     assert "classifier.weight" in fg.adapter_state(plain)
