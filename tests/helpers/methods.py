@@ -12,6 +12,7 @@ import torch
 
 import fxgraft as fg
 from fxgraft.passes.methods.lora_sb.lora_sb import UpdateEstimate, pack_signs
+from fxgraft.rewriter.forms import forms_of
 from fxgraft.rewriter.method import Method
 from fxgraft.rewriter.state import record_of
 
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
     "glora": fg.GLoRA(rank=2, path=fg.GLoRAPath("lora", "vector", "lora", "vector", "vector")),
     "glora rows": fg.GLoRA(rank=2, path=fg.GLoRAPath("vector", "lora", "none", "none", "none")),
     "supernet": fg.GLoRA(rank=2),
+    "vera": fg.VeRA(rank=4, d_initial=0.5),
 }
 
 
@@ -39,7 +41,7 @@ FIXED = {name: m for name, m in METHODS.items() if not supernet(m)}
 LOW_RANK = {name: m for name, m in METHODS.items() if m.not_low_rank is None}
 MERGEABLE = {name: m for name, m in FIXED.items() if m.unmergeable is None}
 #: several of whose adapters one model can hold, for every sample its own
-BANKED = {name: m for name, m in METHODS.items() if m.not_low_rank is None or m.bank([m], 2) is not None}
+BANKED = {name: m for name, m in METHODS.items() if forms_of(m)}
 
 
 _SITE = record_of(fg.rewrite(torch.nn.Linear(3, 3), fg.Spec(fg.LoRA(1))), "default").sites[0]
