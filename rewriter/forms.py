@@ -142,12 +142,16 @@ class Form(Method, key=""):
         }
 
     @classmethod
+    def right(cls) -> str:
+        """The tensor that the delta is linear in: the right factor of the last product."""
+        return [*cls.axes][-1]
+
+    @classmethod
     def weighted(cls, parts: Sequence[tuple[Tensors, float]]) -> dict[str, Tensor]:
         """The sum of adapters under weights, as one adapter; tensors as a graph takes one adapter's."""
-        *_, last = cls.axes
         made = {}
         for name in cls.axes:
-            scaled = [(t[name].float() * w).to(t[name].dtype) if name == last else t[name] for t, w in parts]
+            scaled = [(t[name].float() * w).to(t[name].dtype) if name == cls.right() else t[name] for t, w in parts]
             made[name] = torch.cat(scaled, cls().layout(name).index(RANK))
         return made
 

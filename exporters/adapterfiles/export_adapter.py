@@ -17,6 +17,7 @@ from ...rewriter.state import record_of, unwrap
 from ...rewriter.switch import base_of
 from . import graph_manifest as manifest
 from .adapter_format import EXPANDED, STRUCTURED, AdapterFile, leave_frozen, read_adapter, write_file
+from .adapter_inputs import at_site
 from .fit import finite
 from .structured import Expander, describe, floating, own_tensors
 
@@ -85,7 +86,7 @@ def graph_tensors(adapted: torch.nn.Module, name: str, whole: Tensors) -> dict[s
     """Every tensor the swappable graph takes for this adapter, by input name; `whole` are those of `whole_weights`."""
     tensors: dict[str, torch.Tensor] = {}
     for site, (_, values) in form_values(adapted, name).items():
-        tensors.update({f"{site}.{leg}": tensor for leg, tensor in values.items()})
+        tensors |= at_site(site, values)
     tensors |= {**whole, **swappable_head(adapted, name)}
     return {key: tensor.cpu() for key, tensor in tensors.items()}
 

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from ...rewriter.errors import AdapterError, listing
+from ...rewriter.forms import RANK
+from .adapter_inputs import axis_of, site_of, sites_of, tensor_of
 from .ort_values import TYPES, TensorInfo
-
-# Ending of a bank's stack that holds differences to the initializer `<name>`, for tensors that are trained in whole.
-DIFFERENCE = ".delta"
 
 
 def check_fit(
@@ -33,8 +32,8 @@ def check_fit(
             f"adapter {adapter!r} has tensors the graph does not take: {listing(unknown)}; it takes {listing(graph)}"
         )
     missing = [name for name in graph if name not in values]
-    begun = {name.rpartition(".")[0] for name in values}
-    halves = [name for name in missing if name.rpartition(".")[0] in _sites(graph) & begun]
+    begun = sites_of({name: info.shape for name, info in graph.items()}).keys() & set(map(site_of, values))
+    halves = [name for name in missing if site_of(name) in begun]
     if halves or (missing and not partial):
         raise AdapterError(
             f"adapter {adapter!r} is incomplete: {listing(halves or missing)} "
@@ -62,15 +61,15 @@ def check_fit(
                 continue
             other, first = sizes.setdefault(symbol, (size, name))
             if other != size:
-                site, _, leg = name.rpartition(".")
-                what = {"rank": "ranks", "experts": "numbers of experts"}.get(symbol.rpartition(".")[2], "sizes")
+                site, axis = site_of(name), axis_of(symbol)
+                both = " and ".join(one[len(site) + 1 :] for one in (first, name))
                 raise AdapterError(
-                    f"adapter {adapter!r}: {first.rpartition('.')[2]} and {leg} of {site!r} have different {what}, "
-                    f"{other} and {size}"
+                    f"adapter {adapter!r}: {both} of {site!r} have different "
+                    f"{'ranks' if axis == RANK else f'numbers of {axis}'}, {other} and {size}"
                 )
         if not finite(value):
             raise AdapterError(f"adapter {adapter!r}: {name!r} has values that are not finite")
-    return {symbol.removesuffix(".rank"): size for symbol, (size, _) in sizes.items() if symbol.endswith(".rank")}
+    return {site_of(symbol): size for symbol, (size, _) in sizes.items() if axis_of(symbol) == RANK}
 
 
 def widened_to(values: Mapping[str, torch.Tensor], graph: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
@@ -109,22 +108,16 @@ def check_config(adapter: str, given: Mapping[str, Any] | None, own: Mapping[str
         )
 
 
-def _sites(graph: Mapping[str, TensorInfo]) -> set[str]:
-    """What the sites are called whose tensors only fit together: they have free dimensions in common."""
-    free = {name for name, info in graph.items() if any(not isinstance(size, int) for size in info.shape)}
-    return {name.rpartition(".")[0] for name in free}
-
-
 def one_slot(stacks: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The stacks of a bank `(slots, ...)` as inputs for one adapter."""
-    names = {name: name.removesuffix(DIFFERENCE) for name in stacks}
-    return {names[name]: TensorInfo(names[name], info.shape[1:], info.type) for name, info in stacks.items()}
+    inputs = [TensorInfo(tensor_of(name), info.shape[1:], info.type) for name, info in stacks.items()]
+    return {info.name: info for info in inputs}
 
 
 def check_room(adapter: str, values: Mapping[str, torch.Tensor], stacks: Mapping[str, torch.Tensor]) -> None:
     """Raise `AdapterError` where an adapter's rank is larger than a slot's."""
     for name, stack in stacks.items():
-        value, room = values.get(name.removesuffix(DIFFERENCE)), tuple(stack.shape[1:])
+        value, room = values.get(tensor_of(name)), tuple(stack.shape[1:])
         if value is not None and any(size > most for size, most in zip(value.shape, room, strict=True)):
             raise AdapterError(
                 f"adapter {adapter!r}: {name!r} is {tuple(value.shape)} and a slot of the bank takes up to {room}: "

@@ -25,6 +25,7 @@ from ...rewriter.method import Decl, Declaration, Method, Tensors, method_from_d
 from ...rewriter.sites import Site
 from ...rewriter.state import record_of, unwrap
 from ...rewriter.tensors import adapter_modules, trained_modules
+from .adapter_inputs import at_site
 
 FORMAT = 1
 # Projections kept for later adapters; int32 indices take as much memory as one float32 adapter.
@@ -131,11 +132,11 @@ class Expander:
         sites = tuple(_site(name, *shape) for name, shape in group["sites"].items())
         prepared = self._prepared(method, sites)
         shared = prepared.fill(prepared.declaration.shared, group["shared"], prepared.shared, left, what)
-        found = {}
+        found: dict[str, Tensor] = {}
         for site, decls, derived in zip(sites, prepared.declaration.local, prepared.local, strict=True):
             own = prepared.fill(decls, f"{site.name}.", derived, left, what)
             _, values = read_form(method, method.seen_by(site, shared), own)
-            found.update({f"{site.name}.{leg}": t.to(site.dtype).contiguous() for leg, t in values.items()})
+            found |= at_site(site.name, {leg: t.to(site.dtype).contiguous() for leg, t in values.items()})
         return found
 
     def _prepared(self, method: Method, sites: tuple[Site, ...]) -> _Prepared:

@@ -18,13 +18,13 @@ from ...passes.models.opened import Twin, base_weights, copy_rows, opened, opene
 from ...rewriter.analysis.dataflow import tied_names
 from ...rewriter.capture.skeleton import copy_skeleton
 from ...rewriter.errors import AdapterError, ExportError
-from ...rewriter.forms import RANK, SLOTS, form_of
+from ...rewriter.forms import RANK, form_of
 from ...rewriter.method import ADAPTER_IDS
 from ...rewriter.state import ModelState, find_state, record_of
 from ...rewriter.switch import active_weights, base_of, set_active
 from ..adapterfiles import graph_manifest as manifest
+from ..adapterfiles.adapter_inputs import at_site, difference, symbol
 from ..adapterfiles.export_adapter import swappable_head
-from ..adapterfiles.fit import DIFFERENCE
 from ..adapterfiles.structured import describe, own_keys, own_tensors
 from . import open_inputs
 from .graph_rewrites import refuse_negative_ids
@@ -72,7 +72,7 @@ class Plan:
         yield "no adapter" if self.sites else "merged", {}
 
 
-def _torch(module: torch.nn.Module) -> Truth:
+def truth_of(module: torch.nn.Module) -> Truth:
     # A bfloat16 graph is run widened, so what torch rounds at every step is no part of the truth.
     own = torch.float32 if any(parameter.dtype is torch.bfloat16 for parameter in module.parameters()) else None
 
@@ -101,14 +101,14 @@ class Merged(Plan):
         self.truth = adapted if name is None or active_weights(adapted) == {name: 1} else self.module
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
-        yield "merged", _torch(self.truth), {}
+        yield "merged", truth_of(self.truth), {}
 
 
 class Swappable(Plan):
     """The base with room for an adapter: two truths, the base model without one and the adapted model with one."""
 
     def __init__(self, adapted: torch.nn.Module, name: str | None):
-        self.name, self.truth = _one(adapted, name)
+        self.name, self.truth = one_active(adapted, name)
         self.base = base_of(adapted).eval()
         self.twin = opened(adapted, self.name)
         self.module = self.twin.module.eval()
@@ -124,18 +124,18 @@ class Swappable(Plan):
         ties, there = tied_names(self.module), model.graph.initializers
         keys = {key: next((n for n in sorted(ties.get(key, ())) if n in there), key) for key in self.defaults}
         heads = open_inputs.open_trained(model, self.defaults, {k: n for k, n in keys.items() if k not in there})
-        return {**open_inputs.open_sites(model, _legs(self.twin)), **heads}
+        return {**open_inputs.open_sites(model, legs_of(self.twin)), **heads}
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
-        yield "no adapter", _torch(self.base), {}
+        yield "no adapter", truth_of(self.base), {}
         feeds = {**self.head, **self.twin.whole}
         for site, (form, values) in self.twin.sites.items():
             # The graph must not remember the sizes it was traced with.
-            feeds.update({f"{site}.{leg}": t for leg, t in (form.grown(values, step) if step else values).items()})
+            feeds |= at_site(site, form.grown(values, step) if step else values)
         larger = f", rank + {step}" if step and self.twin.sites else ""
-        yield f"adapter {self.name!r}{larger}", _torch(self.truth), feeds
+        yield f"adapter {self.name!r}{larger}", truth_of(self.truth), feeds
         if not step and self.twin.sites:
-            truth, loud = _loud(self.twin, _torch(self.module))
+            truth, loud = randomised(self.twin, truth_of(self.module))
             yield "random adapter", truth, {**self.head, **self.twin.whole, **loud}
 
 
@@ -144,7 +144,7 @@ class Own(Plan):
     every method's delta is a product with a tensor that starts at zero, or of the vector itself."""
 
     def __init__(self, adapted: torch.nn.Module, name: str | None):
-        self.name, self.truth = _one(adapted, name)
+        self.name, self.truth = one_active(adapted, name)
         self.module = self.truth
         self.base = base_of(adapted).eval()
         whole_weights(adapted, self.name)  # a supernet says here that it has no one path yet
@@ -168,11 +168,11 @@ class Own(Plan):
         return open_inputs.open_trained(model, self.defaults, self.keys)
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
-        yield "no adapter", _torch(self.base), {}
-        yield f"adapter {self.name!r}", _torch(self.truth), self.values
+        yield "no adapter", truth_of(self.base), {}
+        yield f"adapter {self.name!r}", truth_of(self.truth), self.values
 
 
-def _loud(twin: Twin, run: Truth) -> tuple[Truth, dict[str, torch.Tensor]]:
+def randomised(twin: Twin, run: Truth) -> tuple[Truth, dict[str, torch.Tensor]]:
     """The twin with random tensors at its sites, as large as what they are added to, and these tensors by input name:
     what is wrong with a site shows, however small its own adapter is, or zero, as when nothing has been trained."""
     generator = torch.Generator().manual_seed(0)
@@ -199,11 +199,11 @@ def _loud(twin: Twin, run: Truth) -> tuple[Truth, dict[str, torch.Tensor]]:
     return truth, {key: random for key, (_, random) in values.items()}
 
 
-def _legs(twin: Twin) -> dict[str, dict[str, open_inputs.Opened]]:
+def legs_of(twin: Twin) -> dict[str, dict[str, open_inputs.Opened]]:
     """What becomes an input at every site. One adapter is left out as tensors of size 0; stacks are there already."""
     sites: dict[str, dict[str, open_inputs.Opened]] = {}
     for site, (form, tensors) in twin.sites.items():
-        symbols = {axis: axis if axis == SLOTS else f"{site}.{axis}" for axis in form.open_axes}
+        symbols = {axis: symbol(site, axis) for axis in form.open_axes}
         for leg, tensor in tensors.items():
             sizes = zip(form.layout(leg), tensor.shape, strict=True)
             shape = tuple(symbols.get(axis, size) for axis, size in sizes)
@@ -212,7 +212,7 @@ def _legs(twin: Twin) -> dict[str, dict[str, open_inputs.Opened]]:
     return sites
 
 
-def _one(adapted: torch.nn.Module, name: str | None) -> tuple[str, torch.nn.Module]:
+def one_active(adapted: torch.nn.Module, name: str | None) -> tuple[str, torch.nn.Module]:
     """The adapter's name, and a model in which it alone is active."""
     on = active_weights(adapted)
     if name is None:
@@ -224,10 +224,10 @@ def _one(adapted: torch.nn.Module, name: str | None) -> tuple[str, torch.nn.Modu
                 f"{name!r} is active with a weight of {weight}, and a swappable graph takes adapters as they are: give "
                 f"name={name!r}, or make the weight part of an adapter (fg.combine)"
             )
-    return name, adapted if on == {name: 1} else _alone(adapted, name)
+    return name, adapted if on == {name: 1} else alone(adapted, name)
 
 
-def _alone(adapted: torch.nn.Module, name: str) -> torch.nn.Module:
+def alone(adapted: torch.nn.Module, name: str) -> torch.nn.Module:
     record_of(adapted, name)
     twin = copy_skeleton(adapted)
     set_active(twin, [name])
@@ -267,7 +267,7 @@ class Banked(Plan):
         most = max(form.sizes[RANK] for form, _ in self.twin.sites.values())
         self.rank = _room(rank, most, "rank", "the rank of the bank", most)
         self.alone = {
-            name: _slot(banked, slot) if banked is model else _torch(_alone(model, name))
+            name: _slot(banked, slot) if banked is model else truth_of(alone(model, name))
             for name, slot in self.tenants.items()
         }
         self.sites, self.heads = tuple(sorted(self.twin.sites)), self.twin.heads
@@ -304,8 +304,8 @@ class Banked(Plan):
     def open(self, model: Any, ids: Any) -> dict[str, open_inputs.Opened]:
         self._slots = ids
         open_inputs.pin(model, list(self.heads))
-        stacks = {stack: (f"{key}{DIFFERENCE}", values) for key, (stack, values) in self.heads.items()}
-        return {**open_inputs.open_sites(model, _legs(self.twin), ids), **open_inputs.open_stacks(model, stacks, ids)}
+        stacks = {stack: (difference(key), values) for key, (stack, values) in self.heads.items()}
+        return {**open_inputs.open_sites(model, legs_of(self.twin), ids), **open_inputs.open_stacks(model, stacks, ids)}
 
     def close(self, model: Any) -> None:
         state = self.base.state_dict()
@@ -314,23 +314,23 @@ class Banked(Plan):
 
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
         ids = self._ids(tensors, step)
-        yield "no adapter", _torch(self.base), {ADAPTER_IDS: torch.zeros_like(ids)}
+        yield "no adapter", truth_of(self.base), {ADAPTER_IDS: torch.zeros_like(ids)}
         feeds = {ADAPTER_IDS: ids}
         if step:  # other slots and ranks than the graph was traced with
             for site, (form, values) in self.twin.sites.items():
-                feeds.update({f"{site}.{leg}": t for leg, t in form.grown(values, step).items()})
+                feeds |= at_site(site, form.grown(values, step))
             for key, (_, stack) in self.heads.items():
-                feeds[f"{key}{DIFFERENCE}"] = torch.cat([stack, stack.new_zeros(step, *stack.shape[1:])])
+                feeds[difference(key)] = torch.cat([stack, stack.new_zeros(step, *stack.shape[1:])])
         larger = f", {step} more slots, rank + {step}" if step else ""
         yield f"mixed batch{larger}", lambda inputs, dtype=None: self._rows(inputs, ids.tolist(), dtype), feeds
         if not step and self.twin.sites:
-            run = _torch(self.module)
+            run = truth_of(self.module)
 
             def told(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> Arrays:
                 self._tell_rows(inputs)
                 return run({**inputs, ADAPTER_IDS: ids}, dtype)
 
-            truth, loud = _loud(self.twin, told)
+            truth, loud = randomised(self.twin, told)
             yield "random tenants", truth, {ADAPTER_IDS: ids, **loud}
 
     def probes(self, tensors: Inputs) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -342,7 +342,7 @@ class Banked(Plan):
         """Every row from the model with the row's adapter alone."""
         names = {slot: name for name, slot in self.tenants.items()}
         outputs = {
-            slot: (self.alone[names[slot]] if slot else _torch(self.base))(inputs, dtype)
+            slot: (self.alone[names[slot]] if slot else truth_of(self.base))(inputs, dtype)
             for slot in dict.fromkeys(slots)
         }
         rows = {}
@@ -380,7 +380,7 @@ def _stack(model: torch.nn.Module) -> torch.nn.Module:
 def _slot(banked: torch.nn.Module, slot: int) -> Truth:
     def run(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> Arrays:
         batch = next(tensor for tensor in tensors_in(inputs).values() if tensor.dim()).shape[0]
-        return _torch(banked)({**inputs, ADAPTER_IDS: torch.full((batch,), slot)}, dtype)
+        return truth_of(banked)({**inputs, ADAPTER_IDS: torch.full((batch,), slot)}, dtype)
 
     return run
 

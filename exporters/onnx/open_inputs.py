@@ -29,8 +29,7 @@ def open_sites(model: Any, sites: Mapping[str, Mapping[str, Opened]], ids: Any =
     """Turn the adapter tensors of every site into graph inputs `<site>.<leg>`.
 
     The last leg of a site is the right factor of its last product. What lies between the legs and that product forgets
-    the sizes it was traced with. Every site has symbols of its own: onnxruntime insists that equal symbols are equal
-    numbers. Where the legs are stacks, `ids` is the input that chooses the rows.
+    the sizes it was traced with. Where the legs are stacks, `ids` is the input that chooses the rows.
     """
     opened: dict[str, Opened] = {}
     for site, legs in sites.items():

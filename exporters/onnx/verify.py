@@ -16,6 +16,7 @@ from ...backends.artifact.parity import Parity, sizes_of
 from ...rewriter.capture.skeleton import bare
 from ...rewriter.errors import ExportError, ParityError, VerifyError, listing, path_of
 from ...rewriter.method import ADAPTER_IDS
+from ..adapterfiles.adapter_inputs import right_factors
 from .cached_decoder import cached
 from .checks import compare, differs, probe, random_adapter
 from .modes import make_plan
@@ -154,9 +155,9 @@ def _rows(graph: CheckGraph, inputs: Inputs, got: Mapping[str, np.ndarray], tole
 
 
 def _adapters(graph: CheckGraph, inputs: Inputs, got: Mapping[str, np.ndarray], random: Inputs, case: str) -> None:
-    """With a zero right factor at every site, the last of its inputs, a random adapter is none; as it is, it is one."""
-    last = {name.rpartition(".")[0]: name for name in random}.values()
-    zero = {name: torch.zeros_like(tensor) if name in last else tensor for name, tensor in random.items()}
+    """With a zero right factor at every site a random adapter is none; as it is, it is one."""
+    right = right_factors({name: info.shape for name, info in graph.adapter_inputs.items()})
+    zero = {name: torch.zeros_like(tensor) if name in right else tensor for name, tensor in random.items()}
     for name, value in graph.compute("an adapter of zeros", inputs, zero).items():
         if not np.array_equal(value, got[name], equal_nan=True):
             raise VerifyError(f"output {name!r} changes with an adapter whose right factors are zero ({case})")

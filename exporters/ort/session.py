@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ...rewriter.errors import AdapterError, SessionError, listing, path_of
+from ..adapterfiles.adapter_inputs import site_of, tensor_of
 from ..adapterfiles.export_adapter import export_ort_adapter
-from ..adapterfiles.fit import DIFFERENCE, one_slot
+from ..adapterfiles.fit import one_slot
 from ..adapterfiles.ort_values import Device, to_array, to_ort
 from ..onnx.ort_graph import OrtGraph
 from ..onnx.verify import verify as repeat_checks
@@ -92,7 +93,7 @@ class OrtSession:
         told = self.manifest or {}
         _check_whole(self.path, self.manifest, self.inputs, self.adapter_inputs)
         self._bank: Bank | None = None
-        self._combine = Combiner(self.device)
+        self._combine = Combiner(self.device, self.adapter_inputs)
         if IDS in self.inputs and told.get("adapters", "bank") == "bank":
             capacity = told.get("capacity") if capacity is None else capacity
             rank = told.get("rank") if rank is None else rank
@@ -305,9 +306,8 @@ def _check_whole(path: Path, told: Mapping[str, Any] | None, inputs: Any, adapte
     if told is None:
         return
     sites = told.get("sites", ()) if told["adapters"] != "merged" and "own" not in told else ()
-    begun = {name.rpartition(".")[0] for name in adapter_inputs}
-    heads = {name.removesuffix(DIFFERENCE) for name in adapter_inputs}
-    whole = {name.rpartition(".")[0] for name in told.get("trained", ())}
+    begun, heads = set(map(site_of, adapter_inputs)), set(map(tensor_of, adapter_inputs))
+    whole = set(map(site_of, told.get("trained", ())))
     lost = [site for site in sites if site not in begun and site not in whole]
     lost += [name for name in told.get("trained", ()) if name not in heads]
     if told["adapters"] == "bank" and IDS not in inputs:

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from ...rewriter.errors import AdapterError, listing
-from ..adapterfiles.fit import DIFFERENCE
+from ...rewriter.forms import RANK, SLOTS, put_entry
+from ..adapterfiles.adapter_inputs import axis_of, tensor_of
 from ..adapterfiles.ort_values import Device, TensorInfo, to_ort
 from .adapter_cache import AdapterCache, LoadedAdapter
 
@@ -201,12 +202,12 @@ class Bank:
         self.evictions += len(out)
         for (key, adapter), slot in zip(tenants.items(), places, strict=True):
             for name, stack in self.stacks.items():
-                row, its = stack[slot.number], name.removesuffix(DIFFERENCE)
-                row.zero_()
+                its = tensor_of(name)
                 entry = adapter.values.get(its)
-                if entry is not None:
-                    entry = entry - self.bases[its] if its in self.bases else entry
-                    row[tuple(slice(size) for size in entry.shape)].copy_(entry)
+                if entry is None:
+                    stack[slot.number].zero_()
+                else:
+                    put_entry(stack[slot.number], entry - self.bases[its] if its in self.bases else entry)
             self._moved += slot.used
             slot.used = True
             self._held[key] = slot
@@ -227,12 +228,13 @@ def room(
     import onnx_ir as ir
 
     initializers = ir.load(path).graph.initializers
+    sizes = {SLOTS: capacity + 1 if capacity else None, RANK: rank}
     stacks, bases = {}, {}
     for name, info in graph.items():
         stack = _copy(initializers[name].const_value)
         shape = list(stack.shape)
-        for axis, symbol in enumerate(info.shape):
-            wanted = capacity + 1 if symbol == "slots" and capacity else rank if _is_rank(symbol) else None
+        for axis, size in enumerate(info.shape):
+            wanted = sizes.get(axis_of(size) or "")
             if wanted is not None and wanted < shape[axis]:
                 raise AdapterError(
                     f"capacity={capacity}, rank={rank}: the graph's own tenants take {stack.shape[0] - 1} slots, and "
@@ -240,18 +242,13 @@ def room(
                 )
             shape[axis] = wanted or shape[axis]
         if shape != list(stack.shape):
-            larger = stack.new_zeros(shape)
-            larger[tuple(slice(size) for size in stack.shape)] = stack
+            larger = stack.new_empty(shape)
+            put_entry(larger, stack)
             stack = larger
         stacks[name] = stack
-        key = name.removesuffix(DIFFERENCE)
-        if key != name:
+        if (key := tensor_of(name)) != name:
             bases[key] = _copy(initializers[key].const_value)
     return stacks, bases
-
-
-def _is_rank(symbol: Any) -> bool:
-    return isinstance(symbol, str) and symbol.endswith(".rank")
 
 
 def _copy(value: Any) -> torch.Tensor:

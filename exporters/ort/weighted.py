@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ...rewriter.errors import AdapterError, listing
-from ..adapterfiles.ort_values import Device, to_ort, to_torch
+from ..adapterfiles.adapter_inputs import at_site, site_of, sites_of
+from ..adapterfiles.ort_values import Device, TensorInfo, to_ort, to_torch
 from .adapter_cache import LoadedAdapter
 
 _KEEP = 8  # combinations in memory
@@ -38,8 +39,9 @@ def check_weights(adapter: Mapping[str, Any]) -> dict[str, float]:
 class Combiner:
     """Makes the tensors of weighted adapters, and keeps the latest. Safe to share between threads."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, graph: Mapping[str, TensorInfo]) -> None:
         self._device = device
+        self._forms = sites_of({name: info.shape for name, info in graph.items()})
         self._kept: OrderedDict[Any, dict[str, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -52,37 +54,30 @@ class Combiner:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        made = {name: to_ort(tensor, self._device) for name, tensor in _sum(adapters, weights).items()}
+        made = {name: to_ort(tensor, self._device) for name, tensor in self._sum(adapters, weights).items()}
         with self._lock:
             self._kept[key] = made
             while len(self._kept) > _KEEP:
                 self._kept.popitem(last=False)
         return made
 
-
-def _sum(adapters: Sequence[LoadedAdapter], weights: Sequence[float]) -> dict[str, torch.Tensor]:
-    sites: dict[str, dict[str, list[tuple[torch.Tensor, float]]]] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
-        whole = [name for name in adapter.values if name.rpartition(".")[0] not in adapter.ranks]
-        if whole:
-            raise AdapterError(
-                f"adapter {adapter.name!r} sets {listing(whole)} in whole, which has no weighted sum with others': "
-                "run it alone and without a weight, or combine adapters in torch (fg.combine) before the export"
-            )
-        for name, value in adapter.values.items():
-            site, _, leg = name.rpartition(".")
-            sites.setdefault(site, {}).setdefault(leg, []).append((to_torch(value), weight))
-    made: dict[str, torch.Tensor] = {}
-    for site, legs in sites.items():
-        if set(legs) != {"A", "B"} and len(legs["B"]) > 1:
-            raise AdapterError(
-                f"the adapters at {site!r} choose among experts by the input, so their sum is no adapter of this form: "
-                "give one of them a weight, or export them merged"
-            )
-        for leg, parts in legs.items():
-            if leg == "B":  # the rank is the dimension before the last
-                parts = [((tensor.float() * weight).to(tensor.dtype), weight) for tensor, weight in parts]
-                made[f"{site}.{leg}"] = torch.cat([tensor for tensor, _ in parts], dim=-2)
-            else:
-                made[f"{site}.{leg}"] = torch.cat([tensor for tensor, _ in parts], dim=-1)
-    return made
+    def _sum(self, adapters: Sequence[LoadedAdapter], weights: Sequence[float]) -> dict[str, torch.Tensor]:
+        for adapter in adapters:
+            if whole := [name for name in adapter.values if self._forms.get(site_of(name)) is None]:
+                raise AdapterError(
+                    f"adapter {adapter.name!r} sets {listing(whole)} in whole, which has no weighted sum with others': "
+                    "run it alone and without a weight, or combine adapters in torch (fg.combine) before the export"
+                )
+        made: dict[str, torch.Tensor] = {}
+        for site, form in self._forms.items():
+            there = [(one.values, w) for one, w in zip(adapters, weights, strict=True) if site in one.ranks]
+            if form is None or not there:
+                continue
+            if form.no_sum and len(there) > 1:
+                raise AdapterError(
+                    f"the adapters at {site!r} {form.no_sum}, so their sum is no adapter of this form: give one of "
+                    "them a weight, or export them merged"
+                )
+            parts = [({name: to_torch(values[f"{site}.{name}"]) for name in form.axes}, w) for values, w in there]
+            made |= at_site(site, form.weighted(parts))
+        return made
