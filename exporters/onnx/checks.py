@@ -15,7 +15,7 @@ from ...backends.artifact.signature import Axes, Example, other_sizes
 from ...rewriter.errors import ExportError, ParityError
 from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles.ort_values import TYPES
-from .modes import Plan, Truth
+from .export_plan import Plan, Truth
 from .ort_graph import CheckGraph, Inputs
 from .record import Record
 
