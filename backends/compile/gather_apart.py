@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...passes.graph.products import value
-from ...passes.methods.unilora.unilora import all_factors, gather, scale_vector
+from ...passes.methods.unilora.gather import all_factors, gather
 from ...rewriter.dialect import reads
 from ...rewriter.program import Pass, PassResult, Program, replace_meta
 from ...rewriter.sites import NoMatch
@@ -25,10 +25,6 @@ _library.define("gather_all(Tensor scaled, Tensor[] indices) -> Tensor[]")
 _library.define("sum_all(Tensor[] grads, Tensor[] indices, SymInt length) -> Tensor")
 
 
-def _gather_all(scaled: Tensor, indices: list[Tensor]) -> list[Tensor]:
-    return [gather(scaled, index) for index in indices]
-
-
 def _sum_all(grads: list[Tensor], indices: list[Tensor], length: int) -> Tensor:
     total = grads[0].new_zeros(length)
     for grad, index in zip(grads, indices, strict=True):
@@ -36,7 +32,7 @@ def _sum_all(grads: list[Tensor], indices: list[Tensor], length: int) -> Tensor:
     return total
 
 
-_library.impl("gather_all", _gather_all, "CPU")
+_library.impl("gather_all", gather, "CPU")
 _library.impl("sum_all", _sum_all, "CPU")
 
 
@@ -50,23 +46,11 @@ def _(grads: list[Tensor], indices: list[Tensor], length: int) -> Tensor:
     return grads[0].new_empty(length)
 
 
-class _GatherApart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scaled, *indices):  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(*indices)
-        ctx.length = scaled.shape[0]
-        return tuple(torch.ops.fxgraft_kernels.gather_all(scaled, list(indices)))
-
-    @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def, override]
-        total = torch.ops.fxgraft_kernels.sum_all(list(grads), list(ctx.saved_tensors), ctx.length)
-        return total, *(None for _ in grads)
-
-
 @reads(fresh=True)
 def gathered_factors(theta: Tensor, counts: Tensor, indices: list[Tensor]) -> tuple[Tensor, ...]:
     """`all_factors`: theta and counts `(d,)`, indices int32 of any shapes -> the factors, in the indices' shapes."""
-    return _GatherApart.apply(scale_vector(theta, counts), *indices)  # type: ignore[return-value, no-untyped-call]
+    kernels = torch.ops.fxgraft_kernels
+    return all_factors(theta, counts, indices, kernels.gather_all.default, kernels.sum_all.default)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....passes.methods.unilora.unilora import all_factors, gather, scale_vector
+from ....passes.methods.unilora.gather import all_factors, flat
 from ....passes.methods.unilora.unilora import unilora as dialect_unilora
 from ....passes.methods.unilora.vector_form import bank_unilora
 from ....rewriter.dialect import reads
@@ -105,27 +105,14 @@ unilora = kernel_operator(
 OPERATOR = torch.ops.fxgraft_kernels.unilora.default
 
 
-class _GatherAll(torch.autograd.Function):
-    """All factors of all sites; their gradients go back to the vector in one sum of the same bits every run."""
-
-    @staticmethod
-    def forward(ctx, scaled, *indices):  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(*indices)
-        ctx.length = scaled.shape[0]
-        return tuple(gather(scaled.to(index.device), index) for index in indices)
-
-    @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def, override]
-        first = grads[0]
-        values = torch.cat([g.to(first.device).flatten() for g in grads])
-        index = torch.cat([i.to(first.device).flatten() for i in ctx.saved_tensors])
-        return segment_sum(values, index, ctx.length), *(None for _ in grads)
+def _segment_sum(grads: list[Tensor], indices: list[Tensor], length: int) -> Tensor:
+    return segment_sum(flat(grads), flat(indices), length)
 
 
 @reads(fresh=True)
 def summed_factors(theta: Tensor, counts: Tensor, indices: list[Tensor]) -> tuple[Tensor, ...]:
-    """`all_factors` with the kernel's sum on the way back."""
-    return _GatherAll.apply(scale_vector(theta, counts), *indices)  # type: ignore[return-value, no-untyped-call]
+    """`all_factors` with the kernel's sum on the way back: of the same bits every run."""
+    return all_factors(theta, counts, indices, sum_all=_segment_sum)
 
 
 # -- registration --------------------------------------------------------------------------------------------------

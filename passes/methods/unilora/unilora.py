@@ -23,50 +23,9 @@ from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
 from ....rewriter.method import Decl, Declaration, InitContext, Method, Role, Tensors
 from ....rewriter.sites import Site
+from .gather import all_factors, gather, scale_vector
 
 SAMPLERS = ("balanced", "uniform", "stored")
-
-
-def scale_vector(theta: Tensor, counts: Tensor) -> Tensor:
-    """`theta_j / sqrt(n_j)`, in theta's dtype: both `(d,)`, counts of any integer dtype."""
-    return theta * counts.to(theta.dtype).rsqrt()
-
-
-def gather(scaled: Tensor, index: Tensor) -> Tensor:
-    """The entries of the scaled vector `(d,)` at `index` (int32), in the shape of `index`."""
-    return scaled.index_select(0, index.flatten()).view(index.shape)
-
-
-class _GatherAll(torch.autograd.Function):
-    """All factors of all sites; their gradients go back to the vector in one sum, not one per gather."""
-
-    @staticmethod
-    def forward(ctx, scaled, *indices):  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(*indices)
-        ctx.length = scaled.shape[0]
-        return tuple(gather(scaled.to(index.device), index) for index in indices)
-
-    @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def, override]
-        first = grads[0]
-        values = torch.cat([g.to(first.device).flatten() for g in grads])
-        index = torch.cat([i.to(first.device).flatten() for i in ctx.saved_tensors])
-        return values.new_zeros(ctx.length).index_add(0, index, values), *(None for _ in grads)
-
-
-def all_factors(theta: Tensor, counts: Tensor, indices: list[Tensor]) -> tuple[Tensor, ...]:
-    """A and B of all sites, in the order and shapes of `indices`, from the vector scaled once."""
-    return _GatherAll.apply(scale_vector(theta, counts), *indices)  # type: ignore[return-value, no-untyped-call]
-
-
-def gathered_down(theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
-    """`A (r, in)`."""
-    return gather(scale_vector(theta, counts).to(index_a.device), index_a)
-
-
-def gathered_across(theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
-    """`B (out, r)`, a view of the transposed gather."""
-    return gather(scale_vector(theta, counts).to(index_b.device), index_b).t()
 
 
 def _gathered_a(A: Tensor, B: Tensor) -> Tensor:
@@ -77,14 +36,26 @@ def _gathered_b(A: Tensor, B: Tensor) -> Tensor:
     return B.t()
 
 
-@operator(
-    "unilora_factors(Tensor x, Tensor A, Tensor B) -> Tensor",
-    Traits(Halves(_gathered_a, product_with(_gathered_b), _gathered_b)),
-)
-def unilora_factors(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def _through(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """`x A^T B`: what is left of `unilora` when the factors of all sites are gathered at once; A `(r, in)`, B
     `(r, out)`."""
     return F.linear(F.linear(x, cast(A, x)), cast(B, x).t())
+
+
+unilora_factors = operator(
+    "unilora_factors(Tensor x, Tensor A, Tensor B) -> Tensor",
+    Traits(Halves(_gathered_a, product_with(_gathered_b), _gathered_b)),
+)(_through)
+
+
+def gathered_down(theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
+    """`A (r, in)`."""
+    return gather(scale_vector(theta, counts), (index_a,))[0]
+
+
+def gathered_across(theta: Tensor, counts: Tensor, index_a: Tensor, index_b: Tensor) -> Tensor:
+    """`B (out, r)`, a view of the transposed gather."""
+    return gather(scale_vector(theta, counts), (index_b,))[0].t()
 
 
 @operator(
@@ -100,11 +71,7 @@ def unilora(x: Tensor, theta: Tensor, counts: Tensor, index_a: Tensor, index_b: 
     and index_b `(r, out)` int32 -> `(..., out)` in x's dtype. B is gathered transposed: on a CPU the gradient of a
     `(out, r)` factor costs several times that of a `(r, out)` one.
     """
-    if theta.device != x.device:  # a model spread over devices: the vector lives on the first
-        theta, counts = theta.to(x.device), counts.to(x.device)
-    scaled = scale_vector(theta, counts)
-    A, B = gather(scaled, index_a), gather(scaled, index_b)
-    return F.linear(F.linear(x, cast(A, x)), cast(B, x).t())
+    return _through(x, *gather(scale_vector(theta, counts), (index_a, index_b)))
 
 
 def balanced_indices(total: int, length: int, seed: int) -> np.ndarray:
@@ -246,5 +213,5 @@ class UniLoRA(Method, key="unilora"):
         )
 
     def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
-        scaled = scale_vector(shared["theta"], shared["counts"]).to(local["index_a"].device)
-        return gather(scaled, local["index_a"]), gather(scaled, local["index_b"]).t()
+        A, B = gather(scale_vector(shared["theta"], shared["counts"]), (local["index_a"], local["index_b"]))
+        return A, B.t()

@@ -15,7 +15,8 @@ from ....rewriter.errors import AdapterError
 from ....rewriter.forms import Axes, Form
 from ....rewriter.method import Decl, Declaration, Method, Tensors
 from ....rewriter.sites import Site
-from ..by_sample import no_delta, per_sample
+from ..by_sample import chosen, no_delta, per_sample
+from .gather import gather, scale_vector
 from .unilora import UniLoRA
 
 
@@ -31,12 +32,7 @@ def bank_unilora(
     """
     if ids is None:
         return no_delta(x, index_b.shape[-1])
-    if theta.device != x.device:  # a model spread over devices: the vectors live on the first
-        theta, counts = theta.to(x.device), counts.to(x.device)
-    ids = ids if ids.device == x.device else ids.to(x.device)
-    scaled = theta.index_select(0, ids) * counts.to(theta.dtype).rsqrt()  # (batch, d)
-    A = scaled.index_select(1, index_a.flatten()).view(-1, *index_a.shape)
-    B = scaled.index_select(1, index_b.flatten()).view(-1, *index_b.shape)
+    A, B = gather(scale_vector(chosen(theta, ids), counts), (index_a, index_b))  # (batch, r, in), (batch, r, out)
     z = torch.bmm(per_sample(x, ids), cast(A, x).transpose(1, 2))
     return torch.bmm(z, cast(B, x)).reshape(*x.shape[:-1], index_b.shape[-1])
 

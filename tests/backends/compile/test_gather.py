@@ -9,7 +9,7 @@ from small_models import perturb
 import fxgraft as fg
 from fxgraft.backends.compile.gather_apart import GatherApart, gathered_factors
 from fxgraft.passes.graph import pipelines
-from fxgraft.passes.methods.unilora.unilora import all_factors
+from fxgraft.passes.methods.unilora.gather import all_factors
 
 METHOD = fg.UniLoRA(rank=2, vector_length=50, init_bound=0.5)
 
