@@ -129,6 +129,16 @@ def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
         raise AdapterError(f"{what} has NaN or infinite values in {listing(bad)}")
 
 
+def widened_like(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values in the dtypes they shall have where that loses nothing; the others as they are."""
+    return {
+        key: tensor.to(expected[key].dtype)
+        if key in expected and torch.promote_types(tensor.dtype, expected[key].dtype) == expected[key].dtype
+        else tensor
+        for key, tensor in given.items()
+    }
+
+
 def write_state(root: nn.Module, name: str, given: Mapping[str, Tensor]) -> None:
     """Copy checked values into an adapter's tensors, in place. What is tied can take one value only."""
     live = _live_state(root, name)

@@ -31,7 +31,6 @@ from ...rewriter.errors import CheckpointError, listing
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: entries of the metadata: the config's text, the hash of the config it replaces (empty: none), that of the tensors
 OURS, BEFORE, CONTENT = "fxgraft.config", "fxgraft.before", "fxgraft.content"
-DERIVED = "fxgraft.derived"  # where the config has no room for it: a hash of what the adapter derives
 #: what an adapter may be stored in; what torch can hold and not compute with (float8, packed bits) is refused
 DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

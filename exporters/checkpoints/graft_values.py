@@ -7,7 +7,6 @@ dtype of the base (an adapter rewritten with that dtype) they keep it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -18,9 +17,8 @@ from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, CheckpointError, SpecError, TargetError
 from ...rewriter.graft_plan import Plan
 from ...rewriter.spec import Spec
-from ...rewriter.state import M, record_of, unwrap
-from ...rewriter.tensors import adapter_modules, adapter_state, check_shapes, check_state, write_state
-from .folder_files import update_hash
+from ...rewriter.state import M, record_of
+from ...rewriter.tensors import adapter_state, check_shapes, check_state, write_state
 
 _DERIVED_FREE = 1 << 24  # elements that cost nobody anything
 _DERIVED_PER_WEIGHT = 4  # an adapter derives a fraction of the weights it adapts
@@ -92,37 +90,3 @@ def _as_checkpoint(hint: str) -> Iterator[None]:
         yield
     except AdapterError as error:
         raise CheckpointError(f"{error}. {hint}") from error
-
-
-def derived_hash(model: torch.nn.Module, name: str, *, signs: bool = True) -> str | None:
-    """SHA-256 of what an adapter derives from its config (Uni-LoRA's indices, VeRA's A and B); None: nothing.
-
-    A vector means something only under the very indices it was trained with, and those follow from the config, the
-    order of the sites and a random generator.
-
-    Args:
-        signs: of real numbers the signs only, which a model in another dtype rounds to the same; older folders have
-            the hash of their values.
-    """
-    root = unwrap(model)
-    told, any_there = hashlib.sha256(), False
-    for prefix, tensors in adapter_modules(root, name, record_of(root, name)):
-        for key in sorted(tensors._non_persistent_buffers_set):
-            tensor = tensors._buffers[key]
-            if tensor is None or tensor.is_meta:
-                return None
-            any_there = True
-            update_hash(told, prefix + key, tensor.signbit() if signs and tensor.is_floating_point() else tensor)
-    return told.hexdigest() if any_there else None
-
-
-def check_derived(model: torch.nn.Module, name: str, said: object, what: str) -> None:
-    """Raise where an adapter derives something else here than where it was saved; without a hash nothing is known."""
-    if said is None or derived_hash(model, name) in (None, said):
-        return
-    if derived_hash(model, name, signs=False) != said:
-        raise CheckpointError(
-            f"{what} was trained with another projection than its config gives here: the order of the model's layers "
-            "or the random generator of numpy or torch is another one. Load it where it was saved, and save it with "
-            "format='peft', save_indices=True (Uni-LoRA, VeRA), or fg.to_lora(adapted), which is exact"
-        )

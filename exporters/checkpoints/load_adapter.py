@@ -11,13 +11,13 @@ from torch import nn
 from ...passes.models.bank_sources import register_folder_opener
 from ...rewriter.errors import CheckpointError, SpecError, listing
 from ...rewriter.state import M
-from .folder_files import DERIVED, WEIGHTS, check_config_is_theirs, read_folder
+from .derived_hash import check_derived
+from .folder_files import WEIGHTS, check_config_is_theirs, read_folder
 from .foreign.foreign_folder import ForeignFolder
 from .foreign.peft_folder import DESCRIPTIVE
 from .foreign.plain_keys import plain_keys
 from .formats import FORMATS
 from .graft_foreign import graft_foreign
-from .graft_values import check_derived
 from .own_format import is_own, load_own
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -69,7 +69,7 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
     if foreign.warning:
         warnings.warn(f"{what}: {foreign.warning}", stacklevel=2)
     adapted = graft_foreign(model, foreign, name, what)
-    check_derived(adapted, name, stored.metadata.get(DERIVED), what)
+    check_derived(adapted, name, stored)
     return adapted
 
 

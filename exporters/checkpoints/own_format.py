@@ -24,11 +24,11 @@ from ...rewriter.patterns import matches
 from ...rewriter.spec import Spec
 from ...rewriter.state import M, record_of, unwrap
 from ...rewriter.tensors import _live_state
+from .derived_hash import IN_CONFIG, check_derived, derived_hash
 from .folder_files import CONFIG, WEIGHTS, Stored, check_config_is_theirs, read_folder, writable, write_folder
-from .graft_values import check_derived, derived_hash, filled
+from .graft_values import filled
 
 FORMAT, FORMAT_VERSION = "fxgraft", 1
-DERIVED = "derived"  # entry of the config: a hash of what follows from it
 ABOUT = frozenset({"versions"})
 
 Size = tuple[int, int]
@@ -68,7 +68,7 @@ def save_own(
         "versions": {"fxgraft": own, "torch": torch.__version__},
     }
     if (derived := derived_hash(root, name)) is not None:
-        config[DERIVED] = derived
+        config[IN_CONFIG] = derived
     here = [] if values else live.values()  # whoever gathered them says which process writes
     on_first(here, lambda: write_folder(directory, config, tensors))
     return Path(directory)
@@ -96,7 +96,7 @@ def load_own(model: M, stored: Stored, name: str) -> M:
     kind = type(unwrap(model)).__name__
     hint = "The adapter was saved for another model or by another program"
     adapted = filled(model, spec, name, stored.tensors, what, order=list(sites), fits=fits, hint=hint, keep=True)
-    check_derived(adapted, name, stored.config.get(DERIVED), what)
+    check_derived(adapted, name, stored)
     return adapted
 
 

@@ -19,12 +19,12 @@ from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first, reshard
 from ...rewriter.state import AdapterRecord, grafted_modules, lookup, record_of, unwrap
 from ...rewriter.tensors import adapter_modules
-from .folder_files import DERIVED, writable, write_folder
+from .derived_hash import IN_METADATA, derived_hash
+from .folder_files import writable, write_folder
 from .foreign.format import OwnAdapter
 from .foreign.peft_targets import is_linear, saved_names, target_names
 from .foreign.plain_keys import PREFIX
 from .formats import FORMATS
-from .graft_values import derived_hash
 
 
 def save_peft(
@@ -49,7 +49,8 @@ def save_peft(
     if writer is None or writer.write is None:
         raise CheckpointError(f"{what}: {_no_peft_form([group.method for group in record.groups])}")
     if save_indices is not None and not writer.has_indices:
-        raise CheckpointError(f"{what}: save_indices is for Uni-LoRA, and this is {next(iter(kinds)).__name__}")
+        taking = " and ".join(format.method.__name__ for format in FORMATS if format.has_indices and format.method)
+        raise CheckpointError(f"{what}: save_indices is for {taking}, and this is {next(iter(kinds)).__name__}")
     reshard(root)
     sites = {t.site.name: t for _, t in adapter_modules(root, name, record) if t.site is not None}
     fields, tensors = writer.write(OwnAdapter(root, record, sites, what, save_indices))
@@ -71,7 +72,7 @@ def save_peft(
     live = list(tensors.values())
     tensors = writable({key: full(tensor.detach()) for key, tensor in tensors.items()}, name)
     derived = derived_hash(root, name)
-    extra = {DERIVED: derived} if derived is not None else None
+    extra = {IN_METADATA: derived} if derived is not None else None
     on_first(live, lambda: write_folder(directory, config, tensors, extra))
     return Path(directory)
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ...rewriter.adapter_state import AdapterState
 from ...rewriter.state import record_of
 from ...rewriter.switch import base_of
-from ...rewriter.tensors import adapter_state
+from ...rewriter.tensors import adapter_state, widened_like
 from ...rewriter.tensors import swap as swap_state
+from .derived_hash import check_derived
 from .folder_files import read_folder
-from .graft_values import check_derived
 from .load_adapter import load_adapter
-from .own_format import DERIVED, is_own, own_state
+from .own_format import is_own, own_state
 
 
 def swap(
@@ -40,7 +39,7 @@ def swap(
     if isinstance(state, (str, os.PathLike)):
         record_of(model, name)
         there = _in_folder(model, state, name)
-        state = AdapterState(_widened(there, adapter_state(model, name)), there.methods)
+        state = AdapterState(widened_like(adapter_state(model, name), there), there.methods)
     swap_state(model, state, name)
 
 
@@ -50,15 +49,5 @@ def _in_folder(model: nn.Module, directory: str | os.PathLike[str], name: str) -
     if not is_own(stored):
         return adapter_state(load_adapter(base_of(model), directory, name), name)
     there = own_state(stored)
-    check_derived(model, name, stored.config.get(DERIVED), stored.what)
+    check_derived(model, name, stored)
     return there
-
-
-def _widened(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values in the dtypes they shall have where that loses nothing; the others as they are."""
-    return {
-        key: tensor.to(like[key].dtype)
-        if key in like and torch.promote_types(tensor.dtype, like[key].dtype) == like[key].dtype
-        else tensor
-        for key, tensor in tensors.items()
-    }

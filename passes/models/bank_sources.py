@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...rewriter.adapter_state import AdapterState
@@ -22,7 +21,7 @@ from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
 from ...rewriter.state import AdapterTensors, base_modules, record_of, unwrap
 from ...rewriter.switch import active, active_weights
-from ...rewriter.tensors import adapter_modules, check_state, trained_modules, write_state
+from ...rewriter.tensors import adapter_modules, check_state, trained_modules, widened_like, write_state
 from ...rewriter.tensors import adapter_state as state_of_adapter
 
 TENANT = "tenant"  # the adapter's name in a model that is made for it
@@ -135,12 +134,7 @@ def _of_its_own_method(base: nn.Module, name: str, state: AdapterState) -> Sourc
     except TargetError as error:
         raise AdapterError(f"{what} is of another model: {error}") from error
     expected = state_of_adapter(twin, TENANT)
-    widened = {
-        key: tensor.to(expected[key].dtype)
-        if key in expected and torch.promote_types(tensor.dtype, expected[key].dtype) == expected[key].dtype
-        else tensor
-        for key, tensor in state.items()
-    }
+    widened = widened_like(expected, state)
     check_state(expected, widened, what)
     write_state(twin, TENANT, widened)
     return Source(twin, TENANT)

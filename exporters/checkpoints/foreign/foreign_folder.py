@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ....rewriter.errors import CheckpointError, listing
 from ....rewriter.method import Method
 from ....rewriter.state import base_modules, unwrap
+from .peft_targets import is_conv1d
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -63,6 +64,16 @@ class ForeignFolder:
     def has_bias(self, site: str) -> bool:
         """Whether the base layer of a site has a bias."""
         return getattr(self.modules.get(site), "bias", None) is not None
+
+    def sizes(self, site: str) -> tuple[int, int] | None:
+        """`(in, out)` of a layer; None where the model has none of that name with a matrix as its weight."""
+        layer: Any = self.modules.get(site)
+        if isinstance(layer, nn.Linear):  # a quantiser's weight has another shape
+            return layer.in_features, layer.out_features
+        shape = tuple(getattr(getattr(layer, "weight", None), "shape", ()))
+        if len(shape) != 2:
+            return None
+        return shape if is_conv1d(layer) else (shape[1], shape[0])
 
     def value(self, key: str, kind: type, default: Any = _NEEDED) -> Any:
         """A config entry of the right type; `float` takes whole numbers too."""

@@ -63,6 +63,19 @@ class OwnAdapter:
         """What PEFT's `fan_in_fan_out` says."""
         return any(is_conv1d(lookup(self.root, site.owner)) for site in self.record.sites)
 
+    def only_method(self, shared: str) -> Any:
+        """The method of all sites.
+
+        Args:
+            shared: what PEFT has one of, such as `vector per Uni-LoRA`.
+        """
+        if (count := len(self.record.groups)) > 1:
+            raise CheckpointError(
+                f"{self.what}: PEFT has one {shared} adapter, this one has {count} (overrides). fg.to_lora(adapted) is "
+                "the same function as a LoRA: save that, or use format='fxgraft'"
+            )
+        return self.record.groups[0].method
+
     def one(self, values: Iterable[Any], field: str) -> Any:
         """The value all sites share."""
         first, *others = sorted(set(values))

@@ -7,7 +7,6 @@ Without rotation, or with steps that are not the method's own, it opens as the L
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from ....rewriter.errors import CheckpointError
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder, Tensors
 from ..foreign.format import Format
 from ..foreign.peft_folder import check_config, check_sites, peft_sites
-from ..foreign.peft_targets import is_conv1d, is_linear
 
 # init2zero_via_vec and enable_lora_bias are not among them: only without them are the tensors what they are here
 FIELDS = frozenset(
@@ -85,12 +83,10 @@ def _expanded(
     folder: ForeignFolder, given: Tensors, method: PRoLoRA, steps: tuple[int, int], site: str
 ) -> dict[str, Tensor]:
     """The factors in full, `A (r, in)` and `B (out, r)`, rotated by these steps instead of the method's own."""
-    what, layer = folder.what, folder.modules.get(site)
-    if layer is None or not is_linear(layer):
+    what, long = folder.what, folder.sizes(site)
+    if long is None:
         kind = type(folder.model).__name__
         raise CheckpointError(f"{what} was made for another model: this {kind} has no layer {site!r}")
-    weight: Any = layer.weight
-    long = tuple(weight.shape if is_conv1d(layer) else weight.shape[::-1])
     q, factors = method.shared, []
     kinds = (("A", method.a_chunks, given["A_shared"]), ("B", method.b_chunks, given["B_shared"].t()))
     for (letter, chunks, chunk), length, step in zip(kinds, long, steps, strict=True):

@@ -68,13 +68,7 @@ def read(folder: ForeignFolder) -> ForeignAdapter:
 
 def write(adapter: OwnAdapter) -> Written:
     root, record, what = adapter.root, adapter.record, adapter.what
-    if len(record.groups) > 1:
-        raise CheckpointError(
-            f"{what}: PEFT has one vector per Uni-LoRA adapter, this one has {len(record.groups)} (overrides). "
-            "fg.to_lora(adapted) is the same function as a LoRA: save that, or use format='fxgraft'"
-        )
-    method = record.groups[0].method
-    assert isinstance(method, UniLoRA)
+    method = adapter.only_method("vector per Uni-LoRA")
     given_out = [site.name for site in record.sites]
     order = [name for name, _ in base_modules(root) if name in set(given_out)]
     ordered = given_out == order and not isinstance(root, fx.GraphModule)  # a graph may list modules otherwise

@@ -16,7 +16,6 @@ from ....rewriter.errors import CheckpointError
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder, Sites
 from ..foreign.format import Format, OwnAdapter, Written
 from ..foreign.peft_folder import check_config, check_sites, peft_sites
-from ..foreign.peft_targets import is_conv1d
 from ..foreign.plain_keys import PREFIX
 
 PROJECTION = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
@@ -53,7 +52,7 @@ def _other_than_drawn(folder: ForeignFolder, method: VeRA, sites: Sites, given: 
     """The stored projection cut to what the sites read (PEFT gives a second adapter the first one's, which may be
     larger); nothing where the seed gives the same."""
     A, B = given["A"], given["B"]
-    columns, rows = max((_columns(folder, site) for site in sites), default=1), max(len(t["b"]) for t in sites.values())
+    columns, rows = max((folder.sizes(site) or (1,))[0] for site in sites), max(len(t["b"]) for t in sites.values())
     if [A.dim(), B.dim(), *A.shape[:1], *B.shape[1:]] != [2, 2, method.rank, method.rank] or (
         A.shape[1] < columns or B.shape[0] < rows
     ):
@@ -66,23 +65,8 @@ def _other_than_drawn(folder: ForeignFolder, method: VeRA, sites: Sites, given: 
     return {} if torch.equal(A, drawn[0]) and torch.equal(B, drawn[1]) else {"A": A, "B": B}
 
 
-def _columns(folder: ForeignFolder, site: str) -> int:
-    """How long the input of a layer is; 1 for one that the model lacks, of which whoever grafts will tell."""
-    layer = folder.modules.get(site)
-    weight = getattr(layer, "weight", None)
-    if layer is None or weight is None:
-        return 1
-    return int(weight.shape[0 if is_conv1d(layer) else 1])
-
-
 def write(adapter: OwnAdapter) -> Written:
-    if len(adapter.record.groups) > 1:
-        raise CheckpointError(
-            f"{adapter.what}: PEFT has one projection per VeRA adapter, this one has {len(adapter.record.groups)} "
-            "(overrides). fg.to_lora(adapted) is the same function as a LoRA: save that, or use format='fxgraft'"
-        )
-    method = adapter.record.groups[0].method
-    assert isinstance(method, VeRA)
+    method = adapter.only_method("projection per VeRA")
     stored = method.projection == "stored"
     if stored and adapter.save_indices is False:
         raise CheckpointError(

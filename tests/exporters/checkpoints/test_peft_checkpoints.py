@@ -194,7 +194,7 @@ def test_to_lora_opens_in_peft(bert, ids, tmp_path, method):
         (fg.Spec(fg.UniLoRA(2, 9, sampler="uniform"), QV), {"save_indices": False}, "would derive others"),
         (fg.Spec(fg.VeRA(2), QV, overrides={"value": fg.VeRA(3)}), {}, "one projection .*has 2.*to_lora"),
         (fg.Spec(fg.VeRA(2, projection="stored"), QV), {"save_indices": False}, "would draw others"),
-        (fg.Spec(fg.LoRA(2), QV), {"save_indices": True}, "save_indices is for Uni-LoRA, and this is LoRA"),
+        (fg.Spec(fg.LoRA(2), QV), {"save_indices": True}, "save_indices is for UniLoRA and VeRA, and this is LoRA"),
         (fg.Spec(fg.LoRA(2), QV, overrides={"value": fg.LoRA(2, dropout=0.5)}), {}, "one lora_dropout"),
         (fg.Spec(fg.GLoRA(2), QV), {}, "no supernet; fg.fix_paths"),
         (fg.Spec(fg.GLoRA(2, path("lora", "none", "none", "none", "none")), QV), {}, "one choice for A and B.*merge"),
