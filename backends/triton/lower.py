@@ -6,9 +6,7 @@
 It runs before `Share`, `Choose` and `Siblings`, and what it takes they no longer see: a kernel reads its tensors as
 they are stored, so there is nothing left to share or to expand; joined products of siblings stay ATen's. What the gate
 leaves goes through these passes as without kernels. In training the gate leaves everything whose tensors train: the
-backward passes are large products that cuBLAS does well. `LowerShared` runs behind `Share`:
-
-    all_factors(theta, ...)   ->   summed_factors(theta, ...)      in training: one sum of the same bits every run
+backward passes are large products that cuBLAS does well.
 
 Does not handle operators without a kernel (GLoRA, LoRA-XS), inputs that are not float32, float16 or bfloat16 on the
 kernels' device, autocast regions (the result's dtype is not the input's), and keyword arguments.
@@ -34,7 +32,8 @@ from ...rewriter.program import Pass, PassResult, Pipeline, Program, replace_met
 from ...rewriter.sites import NoMatch
 from . import kernels  # noqa: F401  (they register)
 from .kernel_gate import decide
-from .lowerings import Lowering, lowerings, shared
+from .lower_shared import LowerShared
+from .lowerings import Lowering, lowerings
 from .optional_triton import DEVICES, DTYPES
 
 
@@ -148,33 +147,6 @@ def _sum_of(delta: fx.Node, memory: Memory) -> fx.Node | None:
         return None
     same = base.shape == whole.shape == part.shape and base.dtype == whole.dtype == part.dtype
     return total if same and base.device == part.device else None
-
-
-@dataclass(frozen=True)
-class LowerShared(Pass):
-    """See the module's A -> B lines. Works in place.
-
-    Args:
-        devices: of inputs that are lowered.
-    """
-
-    devices: tuple[str, ...] = DEVICES
-
-    def run(self, program: Program) -> PassResult:
-        count, no_matches = 0, []
-        for node in list(program.graph.nodes):
-            if node.op != "call_function" or node.target not in shared:
-                continue
-            first = value(node.args[0])
-            if not program.training:
-                no_matches.append(NoMatch("its kernel is for the way back, and nothing trains", node.name))
-            elif first is None or first.device.type not in self.devices or first.dtype not in DTYPES:
-                no_matches.append(NoMatch("its tensors are not the kernels'", node.name))
-            else:
-                node.target = shared[node.target]
-                replace_meta(node, node, type(self).__name__, "the same bits every run")
-                count += 1
-        return PassResult(program, count > 0, count, tuple(no_matches))
 
 
 def with_kernels(pipeline: Pipeline, lower: Lower) -> Pipeline:

@@ -1,17 +1,16 @@
-"""What the kernel files register: which operators of the dialect have a kernel, and calls to compile as examples."""
+"""Which operators of the dialect have a kernel: each kernel file registers its own here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ...passes.graph.products import rows, value
 from .kernel_gate import Form, Sizes
-from .launch import Launch
 
 Arguments = tuple[Any, ...]
 
@@ -59,46 +58,3 @@ lowerings: dict[torch._ops.OpOverload, Lowering] = {}
 def register(operator: torch._ops.OpOverload, lowering: Lowering) -> None:
     """Say which kernel does what an operator of the dialect does."""
     lowerings[operator] = lowering
-
-
-#: what `Share` makes of several nodes -> the same with a kernel inside
-shared: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def register_shared(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-    """Say what takes the place of a function that `Share` puts into a graph; same arguments, same results."""
-    shared[function] = replacement
-
-
-# -- examples ------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a call that is compiled as an example; `rank` is LoRA's, others have their own."""
-
-    samples: int
-    tokens: int
-    inner: int
-    out: int
-    rank: int
-
-    def __str__(self) -> str:
-        return f"{self.samples} x {self.tokens}"
-
-
-Empty = Callable[..., Tensor]
-Examples = Callable[[Empty, Shape, Tensor, Tensor, Tensor], Iterator[tuple[str, list[Launch]]]]
-examples: dict[str, Examples] = {}
-
-
-def register_examples(kernel: str) -> Callable[[Examples], Examples]:
-    """Have the launches that the decorated function makes compiled into RESOURCES.md under a kernel's name.
-
-    It is `(empty, shape, x, y, ids) -> (case, launches) ...`: `empty(*sizes, dtype=...)` makes a tensor without memory,
-    in x's dtype if none is given; x `(rows, in)`, y `(rows, out)`, ids `(samples,)`.
-    """
-
-    def register(function: Examples) -> Examples:
-        examples[kernel] = function
-        return function
-
-    return register

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import kernels  # noqa: F401  (they register)
+from .example_launches import Shape, examples
 from .launch import Launch
-from .lowerings import Shape, examples
 from .optional_triton import INSTALLED, VERSION
 
 FILE = Path(__file__).with_name("RESOURCES.md")

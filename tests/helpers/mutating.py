@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxgraft.backends.compile.gather_apart import GatherApart
-from fxgraft.backends.triton.lower import Lower, LowerShared
+from fxgraft.backends.triton.lower import Lower
+from fxgraft.backends.triton.lower_shared import LowerShared
 from fxgraft.passes.graph.accumulate import Accumulate
 from fxgraft.passes.graph.choose import Choose
 from fxgraft.passes.graph.cleanup import Cleanup

@@ -16,11 +16,12 @@ from ....passes.methods.hydralora.hydralora import hydralora as dialect_hydralor
 from ....passes.methods.hydralora.routed_form import bank_hydralora
 from ....rewriter.dialect import cast
 from .. import tiles
+from ..example_launches import Empty, Shape, register_examples
 from ..kernel_gate import Form, Sizes, aten, ours, row_bytes
 from ..kernel_operator import kernel_operator
 from ..launch import Launch
 from ..low_rank import add_product, down, finish, load_parts, sample_tile, samples_of, up
-from ..lowerings import Arguments, Empty, Lowering, Shape, register, register_examples
+from ..lowerings import Arguments, Lowering, register
 from ..optional_triton import jit, tl
 from ..slots import chosen, stacks, to_stack, without_slot_0
 

@@ -13,11 +13,12 @@ from ....passes.methods.lora import lora as dialect_lora
 from ....passes.methods.low_rank_form import bank_lora
 from ....rewriter.dialect import cast
 from .. import tiles
+from ..example_launches import Empty, Shape, register_examples
 from ..kernel_gate import Form, Sizes, aten, ours, row_bytes
 from ..kernel_operator import kernel_operator
 from ..launch import Launch
 from ..low_rank import product, read_strided, samples_of
-from ..lowerings import Arguments, Empty, Lowering, Shape, register, register_examples
+from ..lowerings import Arguments, Lowering, register
 from ..slots import chosen, factor_gradients, stacks, to_stack, without_slot_0
 
 

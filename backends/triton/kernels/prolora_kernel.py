@@ -19,11 +19,12 @@ from ....passes.methods.prolora import expand as expanded
 from ....passes.methods.prolora import prolora as dialect_prolora
 from ....rewriter.dialect import cast
 from .. import tiles
+from ..example_launches import Empty, Shape, register_examples
 from ..kernel_gate import Form, Sizes, aten, ours, row_bytes
 from ..kernel_operator import kernel_operator
 from ..launch import Launch
 from ..low_rank import product
-from ..lowerings import Arguments, Empty, Lowering, Shape, register, register_examples
+from ..lowerings import Arguments, Lowering, register
 from ..optional_triton import jit, tl
 from ..slots import factor_gradients
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..example_launches import Empty, Shape, register_examples
 from ..kernel_operator import NAMESPACE
 from ..launch import Launch, run
-from ..lowerings import Empty, Shape, register_examples
 from ..optional_triton import jit, runs_on, tl
 
 _BLOCK = 1024

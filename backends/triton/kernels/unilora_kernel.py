@@ -19,11 +19,13 @@ from ....passes.methods.unilora.unilora import unilora as dialect_unilora
 from ....passes.methods.unilora.vector_form import bank_unilora
 from ....rewriter.dialect import reads
 from .. import tiles
+from ..example_launches import Empty, Shape, register_examples
 from ..kernel_gate import Form, Sizes, aten, ours, row_bytes
 from ..kernel_operator import kernel_operator
 from ..launch import Launch
 from ..low_rank import product, samples_of
-from ..lowerings import Empty, Lowering, Shape, register, register_examples, register_shared
+from ..lower_shared import shared
+from ..lowerings import Lowering, register
 from ..optional_triton import jit, tl
 from ..slots import chosen, factor_gradients, stacks, without_slot_0
 from .segment_sum import segment_sum
@@ -134,7 +136,7 @@ def _forms(s: Sizes, rows: int) -> tuple[Form, Form]:
 
 register(dialect_unilora, Lowering(OPERATOR, lambda graph, given: (given[0], None, *given[1:]), _measure, _forms))
 register(bank_unilora, Lowering(OPERATOR, lambda graph, given: given, _measure, _forms, bank=True))
-register_shared(all_factors, summed_factors)
+shared[all_factors] = summed_factors
 
 
 @register_examples("unilora")
