@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .calls.sample_rows import in_place, samples_first
 from .emitter import Emitter
+from .errors import AdapterError
 from .method import ADAPTER_IDS, Decl, Declaration, InitContext, Method, Tensors
 from .sites import Site
 
@@ -92,10 +93,16 @@ class Form(Method, key=""):
     @classmethod
     def stack_of(cls, methods: Sequence[Method], slots: int) -> Form | None:
         """The stack for adapters with these configs, where they alone decide its sizes; None: they do not."""
-        return None
+        first = methods[0]
+        alike = cls.derives and all(other.meaning() == first.meaning() for other in methods)
+        return cls(**vars(first), slots=slots) if alike else None
 
     def entry(self, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
         """What an adapter puts into its slot, which may be larger: the rest stays zero."""
+        if self.derives and not method.meaning().items() <= self.meaning().items():
+            raise AdapterError(
+                f"{method} has another projection than the bank's {self}; make the bank with expand=True"
+            )
         return self.read(method, shared, local)
 
     @classmethod

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ...rewriter.config_checks import check_dropout, check_positive, check_positive_int
 from ...rewriter.dialect import Halves, Traits, cast, operator
 from ...rewriter.emitter import Emitter
-from ...rewriter.errors import AdapterError, SpecError
+from ...rewriter.errors import SpecError
 from ...rewriter.forms import Axes, Form
 from ...rewriter.method import Decl, Declaration, InitContext, Method, Role, Tensors
 from ...rewriter.sites import Site
@@ -182,24 +182,12 @@ class Vectors(Form, VeRA, key="bank_vera", of=VeRA):
     operator = bank_vera
 
     @classmethod
-    def stack_of(cls, methods: Sequence[Method], slots: int) -> Form | None:
-        first = methods[0]
-        if not isinstance(first, VeRA) or first.projection == "stored":
-            return None
-        alike = all(other.meaning() == first.meaning() for other in methods)
-        return cls(**vars(first), slots=slots) if alike else None
+    def holds(cls, method: Method) -> bool:
+        return isinstance(method, VeRA) and method.projection != "stored"
 
     @classmethod
     def read(cls, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
         return dict(local)
-
-    def entry(self, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
-        ours = self.rank, self.seed, self.projection
-        if not isinstance(method, VeRA) or (method.rank, method.seed, method.projection) != ours:
-            raise AdapterError(
-                f"{method} has another projection than the bank's {self}; make the bank with expand=True"
-            )
-        return self.read(method, shared, local)
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
         return Declaration(Form.declare(self, sites).local, VeRA.declare(self, sites).shared)

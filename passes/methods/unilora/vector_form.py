@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, fx
 
 from ....rewriter.dialect import cast, operator
 from ....rewriter.emitter import Emitter
-from ....rewriter.errors import AdapterError
 from ....rewriter.forms import Axes, Form
 from ....rewriter.method import Decl, Declaration, Method, Tensors
 from ....rewriter.sites import Site
@@ -46,22 +45,12 @@ class Vector(Form, UniLoRA, key="bank_unilora", of=UniLoRA):
     operator = bank_unilora
 
     @classmethod
-    def stack_of(cls, methods: Sequence[Method], slots: int) -> Form | None:
-        first = methods[0]
-        if not isinstance(first, UniLoRA) or first.sampler == "stored" or any(other != first for other in methods):
-            return None  # other projections, so no common indices
-        return cls(**vars(first), slots=slots)
+    def holds(cls, method: Method) -> bool:
+        return isinstance(method, UniLoRA) and method.sampler != "stored"
 
     @classmethod
     def read(cls, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
         return {"theta": shared["theta"]}
-
-    def entry(self, method: Method, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
-        if any(getattr(method, f.name, None) != getattr(self, f.name) for f in fields(UniLoRA)):
-            raise AdapterError(
-                f"{method} has another projection than the bank's {self}; make the bank with expand=True"
-            )
-        return self.read(method, shared, local)
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
         one = UniLoRA.declare(self, sites)
