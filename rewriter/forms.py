@@ -158,8 +158,11 @@ class Form(Method, key=""):
         """The sum of adapters under weights, as one adapter; tensors as a graph takes one adapter's."""
         made = {}
         for name in cls.axes:
-            scaled = [(t[name].float() * w).to(t[name].dtype) if name == cls.right() else t[name] for t, w in parts]
-            made[name] = torch.cat(scaled, cls().layout(name).index(RANK))
+            terms = [tensors[name] for tensors, _ in parts]
+            if name == cls.right():
+                wide = torch.promote_types(terms[0].dtype, torch.float32)
+                terms = [(t.to(wide) * w).to(t.dtype) for t, (_, w) in zip(terms, parts, strict=True)]
+            made[name] = torch.cat(terms, cls().layout(name).index(RANK)) if len(terms) > 1 else terms[0]
         return made
 
     # -- as a method -------------------------------------------------------------------------------------------------
