@@ -35,12 +35,14 @@ class Halves:
         up: `(z (..., q), *arguments) -> (..., out)`, in z's dtype; `product_with(across)` where nothing is cheaper.
         across: -> `(out, q)` with `up(z) = z across^T`; None where the up half is more than a product.
         inputs: how many leading arguments are the input; they must be one and the same node (a dropped copy is not).
+        reads: which arguments behind the inputs `down` reads; None: all. Nodes that share those go down as one.
     """
 
     down: Callable[..., Tensor]
     up: Callable[..., Tensor]
     across: Callable[..., Tensor] | None = None
     inputs: int = 1
+    reads: tuple[int, ...] | None = None
 
 
 def product_with(across: Callable[..., Tensor]) -> Callable[..., Tensor]:

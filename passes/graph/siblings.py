@@ -2,9 +2,10 @@
 
     op(x, *a), op'(x, *b)   ->   z = go_down(x, [down(*a), down'(*b)]); up(z[0], *a), up'(z[1], *b)
 
-`x` is read once instead of once per adapter. The A of HydraLoRA and its router go along. Does not handle operators
-without halves (GLoRA), inputs that dropout changes for one of them, nodes of which one depends on another, or nodes
-between which something writes what they read or a mode (autocast, gradients) changes.
+`x` is read once instead of once per adapter, and goes down once where the adapters share what they go down with (VeRA's
+A). The A of HydraLoRA and its router go along. Does not handle operators without halves (GLoRA), inputs that dropout
+changes for one of them, nodes of which one depends on another, or nodes between which something writes what they read
+or a mode (autocast, gradients) changes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, fx
 
 from ...rewriter.analysis.dataflow import can_fuse, dependencies, siblings
 from ...rewriter.analysis.memory import Memory, together
-from ...rewriter.dialect import cast, is_dialect, reads
+from ...rewriter.dialect import Halves, cast, is_dialect, reads
 from ...rewriter.program import Pass, PassResult, Program, replace_meta
 from ...rewriter.sites import NoMatch
 from .cost import joined_down_pays
@@ -30,7 +31,7 @@ from .products import coarse, least_dimension, rows, split, value
 @reads(fresh=True)
 def go_down(x: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
     """`x F^T` for every factor `(q, in)`, as one product: x `(..., in)` -> `(..., q)` each."""
-    joined = F.linear(x, cast(torch.cat(factors), x))
+    joined = F.linear(x, cast(torch.cat(factors) if len(factors) > 1 else factors[0], x))
     return joined.split([factor.shape[0] for factor in factors], -1)
 
 
@@ -87,7 +88,10 @@ class Siblings(Pass):
         if self.always:
             return None
         x = found[nodes[0]][1]
-        seen, ranks = value(x), sum(least_dimension(found[node][2]) for node in nodes)
+        apart = {_read(*found[node]): node for node in nodes}
+        if len(apart) == 1:
+            return None  # one product in the place of several equal ones
+        seen, ranks = value(x), sum(least_dimension(found[node][2]) for node in apart.values())
         inner, device = (int(seen.shape[-1]), seen.device.type) if seen is not None else (0, "cpu")
         verdict = joined_down_pays(rows(x), inner, ranks, len(nodes), device, program.training)
         return None if verdict else NoMatch(f"{len(nodes)} products stay apart: {verdict.reason}", nodes[0].name)
@@ -98,17 +102,25 @@ class Siblings(Pass):
         bring(at, [a for n in nodes for a in found[n][2]])
         x = found[at][1]
         with graph.inserting_before(at):
-            downs = [graph.call_function(found[n][0].down, found[n][2]) for n in nodes]
-            joined = graph.call_function(go_down, (x, downs))
-        for index, node in enumerate(nodes):
+            downs = {}
+            for node in nodes:
+                if (read := _read(*found[node])) not in downs:
+                    downs[read] = graph.call_function(found[node][0].down, found[node][2])
+            joined = graph.call_function(go_down, (x, list(downs.values())))
+        for node in nodes:
             halves, _, arguments = found[node]
             with graph.inserting_before(node):
-                z = graph.call_function(operator.getitem, (joined, index))
+                z = graph.call_function(operator.getitem, (joined, list(downs).index(_read(*found[node]))))
                 new = graph.call_function(halves.up, (z, *arguments))
             replace_meta(new, node, type(self).__name__)
             new.meta[HALVES] = halves
             node.replace_all_uses_with(new)
             graph.erase_node(node)
+
+
+def _read(halves: Halves, x: fx.Node, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the down half of a node is made of: nodes in which that is the same have one."""
+    return (halves.down, *(arguments if halves.reads is None else (arguments[i] for i in halves.reads)))
 
 
 def late(values: Iterable[Any], at: fx.Node) -> NoMatch | None:

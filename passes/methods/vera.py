@@ -49,7 +49,7 @@ def scaled(B: Tensor, d: Tensor, b: Tensor) -> Tensor:
 
 @operator(
     "vera(Tensor x, Tensor A, Tensor B, Tensor d, Tensor b, int columns) -> Tensor",
-    Traits(Halves(vera_down, vera_up, vera_across)),
+    Traits(Halves(vera_down, vera_up, vera_across, reads=(0, 4))),
 )
 def vera(x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, columns: int) -> Tensor:
     """`b * (B (d * (A x)))` with A and B cut to the layer.

@@ -7,6 +7,7 @@ from small_models import perturb, relative_error
 from torch import nn
 
 import fxgraft as fg
+from fxgraft.passes.graph.siblings import Siblings, go_down
 from fxgraft.passes.methods.vera import draw, vera_across, vera_down, vera_up
 
 TARGETS = ["query", "value", "intermediate.dense", "layer.1.output.dense"]  # 32 x 32, 48 x 32 and 32 x 48
@@ -233,6 +234,30 @@ def test_compiled_it_is_one_node_and_every_pass_keeps_its_numbers(trained, ids):
 
     torch.compile(trained, backend=spy, fullgraph=True)(ids)
     assert len(seen) == 7 and {str(n.target) for n in seen} == {"fxgraft.vera.default"}
+
+
+class Attention(nn.Module):
+    """Three linears of two sizes on one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(12, 6)
+
+    def forward(self, x):
+        return (self.q(x) * self.k(x)).sum(-1, keepdim=True) * self.v(x)
+
+
+def test_layers_on_one_input_go_down_once():
+    """A is everyone's: q, k and v scale one and the same product. A LoRA beside them has a factor of its own."""
+    spec = fg.Spec(fg.VeRA(rank=5), ["q", "k", "v"])
+    adapted, x = perturb(fg.rewrite(Attention(), spec), 0.5), torch.randn(4, 12)
+    mixed = perturb(fg.rewrite(Attention(), fg.Spec(spec.method, spec.targets, overrides={"k": fg.LoRA(2)})), 0.5)
+    for model, factors in ((adapted, 1), (mixed, 2)):
+        program = fg.capture(model, (x,))
+        joined = Siblings(always=True)(program).program
+        (down,) = (node for node in joined.graph.nodes if node.target is go_down)
+        assert len(down.args[1]) == factors
+        torch.testing.assert_close(joined.graph_module(x), model(x), **CLOSE)
 
 
 @pytest.mark.parametrize(
