@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable
 
 from .bounded_regex import full_match
 from .errors import TargetError, listing, near_misses
+
+
+def exactly(names: Iterable[str]) -> str:
+    """A pattern that matches these names and no other."""
+    return "re:" + "|".join(map(re.escape, names))
 
 
 def matches(name: str, pattern: str) -> bool:

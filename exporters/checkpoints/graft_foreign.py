@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,7 +13,7 @@ from ...rewriter.analysis.dataflow import tied_names
 from ...rewriter.errors import CheckpointError, listing, near_misses
 from ...rewriter.graft_plan import Plan
 from ...rewriter.method import Method
-from ...rewriter.patterns import matches
+from ...rewriter.patterns import exactly, matches
 from ...rewriter.spec import Spec
 from ...rewriter.state import M, base_modules, unwrap
 from .foreign.foreign_folder import ForeignAdapter, in_model_order
@@ -60,10 +59,10 @@ def _spec_of(foreign: ForeignAdapter, model: nn.Module) -> Spec:
     known = [name for name, _ in base_modules(unwrap(model))]
     return Spec(
         common,
-        targets=(_exactly(foreign.methods),),
+        targets=(exactly(foreign.methods),),
         train=tuple(_plain(path, known) for path in foreign.train),
         keep_ties=_ties_hold(foreign, model),
-        overrides={_exactly(sites): method for method, sites in others.items()},
+        overrides={exactly(sites): method for method, sites in others.items()},
     )
 
 
@@ -77,11 +76,6 @@ def _ties_hold(foreign: ForeignAdapter, model: nn.Module) -> bool:
     )
 
 
-def _exactly(names: Iterable[str]) -> str:
-    """A pattern that matches these names and no other."""
-    return "re:" + "|".join(map(re.escape, names))
-
-
 def _plain(name: str, known: Iterable[str]) -> str:
     """The name as a pattern, in plain form where that is as exact."""
-    return name if [n for n in known if n and matches(n, name)] == [name] else _exactly([name])
+    return name if [n for n in known if n and matches(n, name)] == [name] else exactly([name])

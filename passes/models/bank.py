@@ -10,7 +10,6 @@ the order of the batch (experts that a router sends tokens to).
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.forms import Form, forms_of, put_entry
 from ...rewriter.method import ADAPTER_IDS
+from ...rewriter.patterns import exactly
 from ...rewriter.spec import Spec
 from ...rewriter.state import AdapterTensors, M, find_state, lookup, record_of, unwrap
 from ...rewriter.switch import active, base_of
@@ -99,7 +99,7 @@ def bank(
     form = _form(list(sources.values()), capacity + 1, rank, expand)
     sites = {site.name: site for source in sources.values() for site in source.sites}
     heads = {name for source in sources.values() for name in source.heads()}
-    overrides = {"re:" + "|".join(map(re.escape, sorted(heads))): Dense(slots=capacity + 1)} if heads else {}
+    overrides = {exactly(sorted(heads)): Dense(slots=capacity + 1)} if heads else {}
     targets = (*sites_as_targets(list(sites.values())), *overrides)
     banked = graft_adapter(
         base, Spec(form, targets=targets, overrides=overrides), BANK, dtype=dtype, order=list(sites)

@@ -6,7 +6,6 @@ Everything is read into an adapter in a model of its own, whose methods say what
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from ...rewriter.adapter_state import AdapterState
 from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, TargetError, listing
 from ...rewriter.method import Method
+from ...rewriter.patterns import exactly
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
 from ...rewriter.state import AdapterTensors, base_modules, record_of, unwrap
@@ -152,17 +152,17 @@ def _spec_of(base: nn.Module, state: AdapterState) -> Spec:
         if site.endswith("]"):
             parts.setdefault(stem, []).append(int(site[len(stem) + 1 : -1]))
             counts[stem] = _numel(modules, stem) // (in_features * out_features)
-    whole = [re.escape(stem) for stem in methods if stem not in parts]
-    targets: list[str | Target] = ["re:" + "|".join(whole)] if whole else []
-    targets += [Target(f"re:{re.escape(stem)}", counts[stem], tuple(chosen)) for stem, chosen in parts.items()]
+    whole = [stem for stem in methods if stem not in parts]
+    targets: list[str | Target] = [exactly(whole)] if whole else []
+    targets += [Target(exactly([stem]), counts[stem], tuple(chosen)) for stem, chosen in parts.items()]
     first = next(iter(methods.values()))
     stems: dict[Method, list[str]] = {}
     for stem, method in methods.items():
         stems.setdefault(method, []).append(stem)
-    overrides = {"re:" + "|".join(map(re.escape, names)): m for m, names in stems.items() if m != first}
+    overrides = {exactly(names): m for m, names in stems.items() if m != first}
     owners = [key.rpartition(".")[0] for key in state]
     train = dict.fromkeys(owner for owner in owners if owner and owner in modules and owner not in state.methods)
-    return Spec(first, targets=targets, overrides=overrides, train=[f"re:{re.escape(path)}" for path in train])
+    return Spec(first, targets=targets, overrides=overrides, train=[exactly([path]) for path in train])
 
 
 def _numel(modules: Mapping[str, nn.Module], stem: str) -> int:

@@ -7,13 +7,13 @@ Does not handle methods that are not a low-rank product: `low_rank_factors` refu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ...rewriter.create import graft_adapter
+from ...rewriter.patterns import exactly
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
 from ...rewriter.state import M, lookup, record_of, unwrap
@@ -52,14 +52,14 @@ def trained(adapted: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 def sites_as_targets(sites: Sequence[Site]) -> tuple[Target | str, ...]:
     """Targets that name exactly these sites, whatever patterns found them."""
-    whole = [re.escape(s.name) for s in sites if s.whole]
-    targets: list[Target | str] = ["re:" + "|".join(whole)] if whole else []
+    whole = [s.name for s in sites if s.whole]
+    targets: list[Target | str] = [exactly(whole)] if whole else []
     parts: dict[str, list[Site]] = {}
     for site in sites:
         if not site.whole:
             parts.setdefault(site.name.rpartition("[")[0], []).append(site)
     for stem, cut in parts.items():
-        targets.append(Target(f"re:{re.escape(stem)}", cut[0].parts, tuple(s.part for s in cut)))
+        targets.append(Target(exactly([stem]), cut[0].parts, tuple(s.part for s in cut)))
     return tuple(targets)
 
 
@@ -104,14 +104,14 @@ def as_lora(
     most = max(set(ranks.values()), key=list(ranks.values()).count)
     others: dict[int, list[str]] = {}
     for site, rank in ranks.items():
-        if rank != most and re.escape(stems[site]) not in others.setdefault(rank, []):
-            others[rank].append(re.escape(stems[site]))
+        if rank != most and stems[site] not in others.setdefault(rank, []):
+            others[rank].append(stems[site])
     spec = Spec(
         LoRA(rank=most, alpha=most),
         targets=sites_as_targets(sites),
         train=tuple(train),
         keep_ties=keep_ties,
-        overrides={f"re:{'|'.join(stems)}": LoRA(rank=r, alpha=r) for r, stems in others.items()},
+        overrides={exactly(stems): LoRA(rank=r, alpha=r) for r, stems in others.items()},
     )
     result = graft_adapter(model, spec, name, initialise=False)
     with torch.no_grad():

@@ -1,21 +1,15 @@
 """A format of another program: what its folders are known by, how they are read and, for PEFT's own, written.
 
-A new one is a file of its own in `formats/` with a constant `FORMAT`; nothing else has to be touched:
+A new one is a file of its own in `formats/` with a constant `FORMAT`; nothing else is touched. `peft_vera.py` is one
+with everything, a fork of PEFT is as short as `authors_hydralora.py`:
 
-    def read(folder: ForeignFolder) -> ForeignAdapter:
-        check_config(folder, {"r", "vera_dropout"})             # refuses what it does not name and could matter
-        sites, train, values = peft_sites(folder, r"vera_lambda_(?P<name>[bd])")
-        check_sites(folder, sites, ("b", "d"))                  # none is missing, and they are the config's targets
-        method = VeRA(rank=folder.value("r", int, 256))
-        values |= {f"{site}.{name}": t for site, given in sites.items() for name, t in given.items()}
-        return ForeignAdapter(dict.fromkeys(sites, method), values, train)
+    check_config(folder, {...})        refuses config entries that are not named here and could matter
+    peft_sites(folder, pattern)        tensors by site, and the modules that come with the adapter
+    check_sites(folder, sites, names)  none is missing, and they are the layers that the config names
+    folder.value(key, type, default)   a config entry, of the right type
+    ForeignAdapter(...)                the method of every site, tensors in the names of `adapter_state`
 
-    def write(adapter: OwnAdapter) -> Written: ...              # only where PEFT can hold the method
-
-    FORMAT = Format(read, names=r"vera_lambda_[bd]", peft_type="VERA", method=VeRA, write=write)
-
-`ForeignAdapter` has the method of every site and the tensors in the names of `adapter_state`. A reader uses every
-tensor and config entry or raises; that the rest fits the model is checked after it, for all formats.
+A reader uses every tensor and config entry or raises; that they fit the model is checked after it, for all formats.
 """
 
 from __future__ import annotations
