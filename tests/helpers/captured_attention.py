@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from methods import graft
 from small_models import perturb
 from torch import nn
 
@@ -28,15 +29,6 @@ class Attention(nn.Module):
         return self.out(torch.tanh(self.q(x) * self.k(x)).sum(-1, keepdim=True) * self.v(x))
 
 
-METHODS = {
-    "lora": fg.LoRA(rank=2),
-    "lora_xs": fg.LoRAXS(rank=3),
-    "unilora": fg.UniLoRA(rank=2, vector_length=50),
-    "prolora": fg.PRoLoRA(rank=4, unshared=1, a_chunks=5, b_chunks=4),
-    "hydralora": fg.HydraLoRA(rank=2, experts=3),
-    "glora": fg.GLoRA(rank=2, path=fg.GLoRAPath(A="lora", B="lora", C="lora", D="vector", E="vector")),
-    "glora rows": fg.GLoRA(rank=2, path=fg.GLoRAPath(A="vector", B="vector", C="none", D="constant", E="none")),
-}
 PASSES = {
     "share": (Share(),),
     "siblings": (Share(), Siblings(always=True)),
@@ -54,7 +46,7 @@ PASSES = {
 
 def adapted(method, training=False, inner=12):
     model = Attention(inner).train(training)
-    return perturb(fg.rewrite(model, fg.Spec(method, targets=["q", "k", "v", "out"])), 0.3).train(training)
+    return perturb(graft(model, fg.Spec(method, targets=["q", "k", "v", "out"])), 0.3).train(training)
 
 
 def captured(model, rows=5):

@@ -6,10 +6,12 @@ import os
 import pytest
 import torch
 from adapter_files import CONFIG, WEIGHTS
+from methods import METHODS, graft
 from safetensors.torch import load_file, save_file
 from small_models import perturb
 
 import fxgraft as fg
+from fxgraft.rewriter.state import record_of
 
 SPEC = fg.Spec(fg.LoRA(rank=3, alpha=5), ["query", "dense"], train=["classifier"], overrides={"layer.0.*": fg.LoRA(2)})
 
@@ -36,6 +38,17 @@ def test_round_trip(bert, ids, saved):
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n.replace("default", "again") for n, p in adapted.named_parameters() if p.requires_grad
     }
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_method_is_saved_loaded_and_swapped(mlp, tmp_path, method):
+    spec, x = fg.Spec(method, ["up", "down"], train=["head"]), torch.randn(4, 7)
+    one, other = (perturb(graft(mlp, spec), 0.3).eval() for _ in range(2))
+    loaded = fg.load_adapter(mlp, fg.save_adapter(one, tmp_path)).eval()
+    assert record_of(loaded, "default").spec == spec
+    assert torch.equal(loaded(x), one(x)) and not torch.equal(one(x), other(x))
+    fg.swap(loaded, fg.adapter_state(other))
+    assert torch.equal(loaded(x), other(x))
 
 
 def test_a_second_adapter_loads_beside_the_first(bert, ids, saved):

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from methods import METHODS, graft
 from safetensors.torch import load_file, save_file
 from small_models import MLP, perturb
 from torch import nn
@@ -16,7 +17,6 @@ import fxgraft as fg
 
 pytestmark = pytest.mark.filterwarnings("ignore:fxgraft, save_pretrained")
 SPEC = fg.Spec(fg.LoRA(rank=2), ["q_proj", "v_proj"])
-METHODS = [fg.LoRA(2), fg.LoRAXS(4), fg.UniLoRA(2, 64), fg.PRoLoRA(4), fg.HydraLoRA(2), fg.GLoRA(2)]
 
 
 def size(folder):
@@ -50,9 +50,9 @@ def trainer(model, folder, **options):
 
 
 # -- save_pretrained -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.key)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_what_is_saved_opens_on_the_base(llama, ids, tmp_path, method):
-    adapted = perturb(fg.rewrite(llama, fg.Spec(method, ["q_proj"], train=["lm_head"])))
+    adapted = perturb(graft(llama, fg.Spec(method, ["q_proj"], train=["lm_head"])))
     adapted.save_pretrained(tmp_path)
     loaded = fg.load_adapter(llama, tmp_path)
     assert torch.equal(loaded(ids).logits, adapted(ids).logits)

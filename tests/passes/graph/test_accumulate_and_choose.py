@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import torch
-from captured_attention import METHODS, adapted, captured, printed
+from captured_attention import adapted, captured, printed
+from methods import METHODS
 from small_models import perturb
 from torch import nn
 

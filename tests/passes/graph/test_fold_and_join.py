@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from captured_attention import METHODS, Attention, adapted, captured, printed
+from captured_attention import Attention, adapted, captured, printed
+from methods import METHODS
 from small_models import relative_error
 from torch import nn
 
@@ -12,8 +13,6 @@ import fxgraft as fg
 from fxgraft.passes.graph.cost import joined_product_pays
 from fxgraft.passes.graph.fold import Fold
 from fxgraft.passes.graph.join_products import JoinProducts
-
-LOW_RANK = ("lora", "lora_xs", "unilora", "prolora")
 
 
 def test_products_stay_apart_where_their_layout_is_looked_at():

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from methods import FIXED, graft
 from mutating import INFERENCE_ONLY, PROGRAMS, WIDTH, Compared, Writes
 from small_models import perturb
 
@@ -20,18 +21,9 @@ from fxgraft.passes.graph.share import Share
 from fxgraft.passes.graph.siblings import Siblings
 from fxgraft.rewriter.program import Pipeline
 
-METHODS = {
-    "lora": fg.LoRA(rank=2),
-    "lora_xs": fg.LoRAXS(rank=3),
-    "unilora": fg.UniLoRA(rank=2, vector_length=30, init_bound=0.5),
-    "prolora": fg.PRoLoRA(rank=4, unshared=1, a_chunks=2, b_chunks=2),
-    "hydralora": fg.HydraLoRA(rank=2, experts=2),
-    "glora": fg.GLoRA(rank=2, path=fg.GLoRAPath(A="none", B="lora", C="lora", D="vector", E="vector")),
-}
-
 
 def adapted(program, method, training=False):
-    model = fg.rewrite(Writes(PROGRAMS[program]), fg.Spec(METHODS[method], targets=["q", "k"]))
+    model = graft(Writes(PROGRAMS[program]), fg.Spec(FIXED[method], targets=["q", "k"]))
     return perturb(model, 0.3).train(training)
 
 
@@ -56,7 +48,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("name", "method"), zip(PROGRAMS, itertools.cycle(METHODS), strict=False))
+@pytest.mark.parametrize(("name", "method"), zip(PROGRAMS, itertools.cycle(FIXED), strict=False))
 def test_inference(name, method):
     model = adapted(name, method)
     eager, backend = copy.deepcopy(model), Compared()

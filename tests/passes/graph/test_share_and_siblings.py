@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import torch
-from captured_attention import METHODS, Attention, adapted, captured, printed, run_all
+from captured_attention import Attention, adapted, captured, printed, run_all
+from methods import METHODS
 from torch import nn
 
 import fxgraft as fg

@@ -7,23 +7,20 @@ import pickle
 
 import pytest
 import torch
+from methods import BANKED, METHODS, graft
 from small_models import MLP, perturb
 from torch._dynamo.utils import counters
 
 import fxgraft as fg
+from fxgraft.rewriter.forms import forms_of
 
-METHODS = {
-    "lora": fg.LoRA(rank=2),
-    "lora_xs": fg.LoRAXS(rank=3),
-    "unilora": fg.UniLoRA(rank=2, vector_length=30),
-    "prolora": fg.PRoLoRA(rank=4, unshared=1, a_chunks=2, b_chunks=3),
-    "hydralora": fg.HydraLoRA(rank=2, experts=3),
-}
+#: a method of every form that a bank has
+FORMS = list({forms_of(method)[0]: name for name, method in reversed(BANKED.items())}.values())
 
 
 def adapters(model, spec, count=3):
     """Adapted models with different values, each in eval mode."""
-    return {f"t{i}": perturb(fg.rewrite(model, spec), 0.3).eval() for i in range(count)}
+    return {f"t{i}": perturb(graft(model, spec), 0.3).eval() for i in range(count)}
 
 
 def rows(model_by_name, names, model, x):
@@ -32,11 +29,11 @@ def rows(model_by_name, names, model, x):
     return torch.stack([outputs[name][i] for i, name in enumerate(names)])
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", BANKED.values(), ids=BANKED)
 def test_every_sample_gets_its_own_adapter(mlp, method):
     own = adapters(mlp, fg.Spec(method, targets=["up", "down"]))
     banked = fg.bank(
-        fg.rewrite(mlp, fg.Spec(method, targets=["up", "down"])), {n: fg.adapter_state(m) for n, m in own.items()}
+        graft(mlp, fg.Spec(method, targets=["up", "down"])), {n: fg.adapter_state(m) for n, m in own.items()}
     )
     names = ["t1", None, "t0", "t2", "t1"]
     for shape in ((5, 7), (5, 4, 7)):
@@ -186,9 +183,7 @@ def test_generate_with_adapters(llama, gpt2):
             assert torch.equal(got[i], alone[i, : got.shape[1]])
 
 
-@pytest.mark.parametrize(
-    "method", [METHODS[m] for m in ("lora", "unilora", "hydralora")], ids=["lora", "unilora", "hydralora"]
-)
+@pytest.mark.parametrize("method", [METHODS[m] for m in FORMS], ids=FORMS)
 def test_compiled_once(mlp, method):
     own = adapters(mlp, fg.Spec(method, targets=["up", "down"]), 4)
     banked = fg.bank(mlp, {"t0": own["t0"], "t1": own["t1"]}, capacity=3)
