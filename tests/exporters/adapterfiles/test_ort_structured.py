@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import methods
 import numpy as np
 import onnx_models as models
 import onnxruntime
 import pytest
 import torch
+from methods import LOW_RANK
 
 import fxgraft as fg
 from fxgraft.exporters.adapterfiles.adapter_format import read_adapter
@@ -22,28 +24,16 @@ from fxgraft.rewriter.errors import ExportError
 X = np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6)
 TARGETS = ["up", "down"]
 UNI = fg.UniLoRA(rank=4, vector_length=40, init_bound=0.5)
+PRO = fg.PRoLoRA(rank=5, unshared=1, a_chunks=2, b_chunks=2)
 METHODS = {
-    "lora": fg.LoRA(rank=3, alpha=7),
-    "unilora": UNI,
+    **LOW_RANK,
     "uniform": fg.UniLoRA(rank=2, vector_length=30, sampler="uniform", seed=5, init_bound=0.5),
-    "prolora": fg.PRoLoRA(rank=5, unshared=1, a_chunks=2, b_chunks=2),
     "prolora shared": fg.PRoLoRA(rank=4, unshared=0, a_chunks=4, b_chunks=3),
-    "lora_xs": fg.LoRAXS(rank=4, alpha=6),
-    "lora_sb": fg.LoRASB(rank=3),
 }
 
 
-def update(base):
-    batches = [{"x": torch.from_numpy(X)}]
-    loss = lambda output, batch: output["scores"].square().sum()  # noqa: E731
-    return fg.estimate_update(
-        base, batches, targets=TARGETS, loss=loss, lr=0.05, samples=4, warmup_ratio=0.1, total_steps=100
-    )
-
-
 def graft(base, method, train=("head",), seed=1, **options):
-    given = {"update": update(base)} if isinstance(method, fg.LoRASB) else {}
-    return models.stir(fg.rewrite(base, fg.Spec(method, targets=TARGETS, train=train, **options), **given), seed)
+    return models.stir(methods.graft(base, fg.Spec(method, targets=TARGETS, train=train, **options)), seed)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +73,7 @@ def test_what_a_file_holds(graph, tmp_path):
     (group,) = own.described["groups"]
     assert group["method"] == UNI.to_dict()
     assert group["sites"] == {"up": [11, 6, "float32"], "down": [5, 11, "float32"]}
-    pro = read_adapter(export_ort_adapter(graft(base, METHODS["prolora"]), tmp_path / "pro.onnx_adapter"))
+    pro = read_adapter(export_ort_adapter(graft(base, PRO), tmp_path / "pro.onnx_adapter"))
     assert pro.described is not None and pro.values["up.A_shared"].shape == (4, 3)
     xs = read_adapter(export_ort_adapter(graft(base, METHODS["lora_xs"]), tmp_path / "xs.onnx_adapter"))
     assert xs.described is None  # R beside the frozen A and B is more than A and B R

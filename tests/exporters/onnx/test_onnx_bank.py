@@ -9,32 +9,17 @@ import onnxruntime as ort
 import pytest
 import row_models
 import torch
+from methods import BANKED, LOW_RANK, graft
 
 import fxgraft as fg
 from fxgraft.rewriter.errors import ExportError, SessionError
 
 X = torch.linspace(-1, 1, 30).reshape(5, 6)
-METHODS = {
-    "lora": fg.LoRA(rank=2),
-    "lora_xs": fg.LoRAXS(rank=3),
-    "lora_sb": fg.LoRASB(rank=3),
-    "unilora": fg.UniLoRA(rank=2, vector_length=30),
-    "prolora": fg.PRoLoRA(rank=4, unshared=1, a_chunks=2, b_chunks=3),
-    "hydralora": fg.HydraLoRA(rank=2, experts=3),
-}
 
 
 def tenants(base, method, count=3, targets=("up", "down"), train=("head",)):
     spec = fg.Spec(method, targets=list(targets), train=list(train))
-    given = {"update": update(base, targets)} if isinstance(method, fg.LoRASB) else {}
-    return {f"t{i}": models.stir(fg.rewrite(base, spec, **given), seed=i) for i in range(count)}
-
-
-def update(base, targets):
-    loss = lambda output, batch: output["scores"].square().sum()  # noqa: E731
-    return fg.estimate_update(
-        base, [{"x": X}], targets=list(targets), loss=loss, lr=0.05, samples=5, warmup_ratio=0.1, total_steps=100
-    )
+    return {f"t{i}": models.stir(graft(base, spec), seed=i) for i in range(count)}
 
 
 def wanted(base, own, names, key="scores", **inputs):
@@ -43,10 +28,10 @@ def wanted(base, own, names, key="scores", **inputs):
     return torch.stack([outputs[name][i] for i, name in enumerate(names)])
 
 
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", BANKED)
 def test_mixed_batches_of_every_method(tmp_path, label):
     base = models.classifier()
-    own = tenants(base, METHODS[label])
+    own = tenants(base, BANKED[label])
     export = fg.export_onnx(own["t0"], tmp_path / "bank.onnx", (X,), adapters="bank", capacity=2, rank=4)
     assert export.inputs == {"x": ("batch", 6), "adapter_ids": ("batch",)}
     assert [check.case for check in export.parity][:2] == ["example, no adapter", "example, mixed batch"]
@@ -76,7 +61,7 @@ def test_all_low_rank_methods_share_one_graph(tmp_path):
     graph = tenants(base, fg.LoRA(rank=1), 1)["t0"]
     fg.export_onnx(graph, tmp_path / "bank.onnx", (X,), adapters="bank", capacity=4, rank=8)
     session = fg.OrtSession(tmp_path / "bank.onnx", threads=1)
-    own = {label: tenants(base, method, 1)["t0"] for label, method in METHODS.items() if label != "hydralora"}
+    own = {label: tenants(base, method, 1)["t0"] for label, method in LOW_RANK.items()}
     for name, model in own.items():
         session.register(name, fg.export_ort_adapter(model, tmp_path / f"{name}.onnx_adapter"))
     names = ["unilora", "prolora", None]

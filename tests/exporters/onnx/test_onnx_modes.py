@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import methods
 import numpy as np
 import onnx
 import onnx_models as models
 import pytest
 import torch
+from methods import FIXED, MERGEABLE
 
 import fxgraft as fg
 from fxgraft.exporters.adapterfiles.adapter_format import read_adapter
@@ -20,7 +22,7 @@ PATH = fg.GLoRAPath("lora", "vector", "lora", "constant", "vector")
 
 
 def graft(base, method, targets=TARGETS, train=(), seed=1, **options):
-    return models.stir(fg.rewrite(base, fg.Spec(method, targets=targets, train=list(train), **options)), seed)
+    return models.stir(methods.graft(base, fg.Spec(method, targets=targets, train=list(train), **options)), seed)
 
 
 def agrees(session, adapted, inputs=None, adapter="a", tolerance=models.TOLERANCE):
@@ -194,23 +196,13 @@ def test_glora_beside_lora_and_on_a_conv1d(tmp_path):
 
 
 # -- the method's own tensors in the graph -------------------------------------------------------------------------
-OWN = {
-    "lora": fg.LoRA(rank=3, alpha=7),
-    "unilora": fg.UniLoRA(rank=4, vector_length=40, init_bound=0.5),
-    "prolora": fg.PRoLoRA(rank=5, unshared=1, a_chunks=2, b_chunks=2),
-    "lora_xs": fg.LoRAXS(rank=4, alpha=6),
-    "hydralora": fg.HydraLoRA(rank=2, experts=3),
-    "glora": fg.GLoRA(rank=2, path=PATH),
-}
-
-
-@pytest.mark.parametrize("label", OWN)
+@pytest.mark.parametrize("label", FIXED)
 def test_a_graph_that_does_the_methods_arithmetic(tmp_path, label):
     base = models.classifier()
-    one, other = (graft(base, OWN[label], train=("head",), seed=seed) for seed in (1, 2))
+    one, other = (graft(base, FIXED[label], train=("head",), seed=seed) for seed in (1, 2))
     export = fg.export_onnx(one, tmp_path / "m.onnx", (X,), adapters="swappable", expanded=False)
     if label == "unilora":
-        assert export.adapter_inputs == {"theta": (40,), "head.weight": (3, 5), "head.bias": (3,)}
+        assert export.adapter_inputs == {"theta": (20,), "head.weight": (3, 5), "head.bias": (3,)}
     session = fg.OrtSession(tmp_path / "m.onnx", threads=1)
     with torch.no_grad():
         want = base(X)
@@ -221,16 +213,33 @@ def test_a_graph_that_does_the_methods_arithmetic(tmp_path, label):
         agrees(session, model, adapter=name)
 
 
+@pytest.mark.parametrize("label", FIXED)
+def test_merged_and_swappable_graphs_of_every_method(tmp_path, label):
+    adapted = graft(models.classifier(), FIXED[label], train=("head",))
+    fg.export_onnx(adapted, tmp_path / "m.onnx", (X,), adapters="swappable")
+    session = fg.OrtSession(tmp_path / "m.onnx", threads=1)
+    session.load("a", fg.export_ort_adapter(adapted, tmp_path / "a.onnx_adapter"))
+    agrees(session, adapted)
+    if label in MERGEABLE:
+        fg.export_onnx(adapted, tmp_path / "merged.onnx", (X,))
+        merged = fg.OrtSession(tmp_path / "merged.onnx", threads=1).run({"x": X})
+        with torch.no_grad():
+            assert all(models.difference(merged[key], want) < models.TOLERANCE for key, want in adapted(X).items())
+    else:
+        with pytest.raises(fg.FxgraftError, match="cannot be merged"):
+            fg.export_onnx(adapted, tmp_path / "merged.onnx", (X,))
+
+
 def test_own_tensors_of_another_config_are_refused(tmp_path):
     base = models.classifier()
-    uni = graft(base, OWN["unilora"])
+    uni = graft(base, FIXED["unilora"])
     fg.export_onnx(uni, tmp_path / "m.onnx", (X,), adapters="swappable", expanded=False)
     session = fg.OrtSession(tmp_path / "m.onnx", threads=1)
     path = tmp_path / "a.onnx_adapter"
     for model, options, said in (
         (uni, {"expanded": True}, "holds expanded tensors, and the graph takes the method's own"),
-        (graft(base, fg.UniLoRA(rank=4, vector_length=40, seed=1)), {"expanded": False}, "another config.*'seed': 1"),
-        (graft(base, OWN["unilora"], ["up"]), {"expanded": False}, "it is of other sites"),
+        (graft(base, fg.UniLoRA(rank=4, vector_length=20, seed=1)), {"expanded": False}, "another config.*'seed': 1"),
+        (graft(base, FIXED["unilora"], ["up"]), {"expanded": False}, "it is of other sites"),
     ):
         fg.export_ort_adapter(model, path, **options)
         with pytest.raises(fg.AdapterError, match=said):
@@ -256,7 +265,7 @@ HALVES = pytest.mark.parametrize(
 @HALVES
 def test_float16(tmp_path, label, options):
     base = models.classifier().half()
-    adapted = graft(base, OWN[label], train=("head",))
+    adapted = graft(base, FIXED[label], train=("head",))
     assert adapted.get_parameter("head.weight").dtype is torch.float16
     export = fg.export_onnx(adapted, tmp_path / "m.onnx", (X.half(),), **options)
     assert export.tolerance == 1e-2 and all(check.relative < 5e-3 for check in export.parity)
@@ -276,7 +285,7 @@ def test_float16(tmp_path, label, options):
 @HALVES
 def test_bfloat16_is_compared_in_float32(tmp_path, label, options):
     """onnxruntime's CPU has no bfloat16 products: the graph computes in float32 over its bfloat16 weights."""
-    adapted = graft(models.classifier().bfloat16(), OWN[label], train=("head",))
+    adapted = graft(models.classifier().bfloat16(), FIXED[label], train=("head",))
     export = fg.export_onnx(adapted, tmp_path / "m.onnx", (X.bfloat16(),), **options)
     # Factors and whole weights are rounded to the base's bfloat16 (8 bits); own tensors stay as they are.
     limit = 1e-5 if options.get("expanded") is False else 3e-2
