@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....passes.methods.unilora.gather import all_factors, flat
+from ....passes.methods.unilora.gather import all_factors, flat, gather, scale_vector
 from ....passes.methods.unilora.unilora import unilora as dialect_unilora
 from ....passes.methods.unilora.vector_form import bank_unilora
 from ....rewriter.dialect import reads
@@ -85,18 +85,16 @@ def backward(
     gx = unilora(None, g, ids, theta, counts, index_b, index_a) if needs[0] else None
     if not needs[2]:
         return gx, None, None, None, None, None
-    rate = counts.to(theta.dtype).rsqrt()
-    table = (chosen(ids, theta)[0] * rate).to(x.device)  # (samples, d)
-    A, B = (table.index_select(1, index.flatten()).view(-1, *index.shape) for index in (index_a, index_b))
+    A, B = gather(scale_vector(chosen(ids, theta)[0], counts), (index_a, index_b))  # (samples, r, in or out)
     parts = factor_gradients(x, g, A, B, 1.0, (True, True))
     values = torch.cat([part.flatten(1) for part in parts if part is not None], 1).to(theta)
-    index = torch.cat([index_a.flatten(), index_b.flatten()]).to(theta.device)
+    index = flat((index_a, index_b)).to(theta.device)
     if ids is None:
         gtheta = segment_sum(values[0], index, theta.shape[0])
     else:  # a bank's vectors are frozen: rare, and not worth a kernel
         values = torch.where((ids == 0).view(-1, 1), 0, values)
         gtheta = torch.zeros_like(theta).index_put((ids[:, None], index.long()[None]), values, True)
-    return gx, None, gtheta * rate, None, None, None
+    return gx, None, scale_vector(gtheta, counts), None, None, None
 
 
 unilora = kernel_operator(
