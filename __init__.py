@@ -16,12 +16,6 @@ from .exporters.onnx.quantize import QuantizedOnnx, quantize_onnx
 from .exporters.onnx.verify import Verification, verify
 from .exporters.ort.session import OrtSession
 from .passes.methods import *  # noqa: F403  (every method)
-from .passes.methods.glora.fix_paths import fix_paths, get_paths, set_paths
-from .passes.methods.glora.search import search_paths
-from .passes.methods.hydralora.breakdown import lora_breakdown
-from .passes.methods.hydralora.experts import suggest_experts
-from .passes.methods.lora_sb.estimate import estimate_update
-from .passes.methods.lora_sb.lora_sb import UpdateEstimate
 from .passes.models.bank import adapter_ids, add_tenant, bank, remove_tenant, tenants
 from .passes.models.combine import combine
 from .passes.models.factors import to_lora
@@ -74,7 +68,6 @@ __all__ = [
     "SpecError",
     "Target",
     "TargetError",
-    "UpdateEstimate",
     "Verification",
     "VerifyError",
     "active",
@@ -88,15 +81,11 @@ __all__ = [
     "combine",
     "compile",
     "disabled",
-    "estimate_update",
     "explain",
     "export_onnx",
     "export_ort_adapter",
-    "fix_paths",
-    "get_paths",
     "load_adapter",
     "load_package",
-    "lora_breakdown",
     "materialise",
     "merge",
     "package",
@@ -107,10 +96,7 @@ __all__ = [
     "remove_tenant",
     "rewrite",
     "save_adapter",
-    "search_paths",
     "set_active",
-    "set_paths",
-    "suggest_experts",
     "swap",
     "tenants",
     "to_lora",

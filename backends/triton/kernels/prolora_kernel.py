@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ....passes.graph.products import value
-from ....passes.methods.prolora import expand as expanded
-from ....passes.methods.prolora import prolora as dialect_prolora
+from ....passes.methods.prolora.prolora import prolora as dialect_prolora
+from ....passes.methods.prolora.rotated_chunks import expand as expanded
 from ....rewriter.dialect import cast
 from .. import tiles
 from ..example_launches import Empty, Shape, register_examples

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ....passes.methods.lora import LoRA
-from ....passes.methods.prolora import PRoLoRA, expand
+from ....passes.methods.prolora.prolora import PRoLoRA
+from ....passes.methods.prolora.rotated_chunks import expand
 from ....rewriter.errors import CheckpointError
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder, Tensors
 from ..foreign.format import Format

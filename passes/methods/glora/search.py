@@ -20,8 +20,8 @@ from torch import nn
 
 from ....rewriter.errors import AdapterError, FxgraftError
 from .evolution import Evolution, Genome, SearchSpace
-from .fix_paths import get_paths, set_paths, supernet_sites
 from .path import PATHS, GLoRAPath
+from .supernet import get_paths, set_paths, supernet_sites
 
 
 @dataclass(frozen=True)

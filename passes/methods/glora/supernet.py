@@ -1,95 +1,123 @@
-"""The product of a GLoRA supernet in training, `x (W0 * (1 + A))^T + b0`, at the price of the path that was drawn.
+"""A GLoRA supernet's paths: set them for evaluation, or fix them for good.
 
-A low-rank A needs the full gradient of its effective weight, a third product beside the two of a frozen base; rows and
-constants need none. Which of them a forward drew is data, so that no path is compiled anew: the choice is made inside
-an operator that compilers do not look into. On an accelerator looking at it would stall the queue at every site, and
-all paths cost what a low-rank one costs.
+supernet, {site: path}  ->  the same model with every site on its path, and only that path's parameters
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-_library = torch.library.Library("fxgraft_kernels", "FRAGMENT")
-_TENSORS = "Tensor weight, Tensor? bias, Tensor P, Tensor Q, Tensor low_rank"
-_library.define(f"scaled_linear(Tensor x, {_TENSORS}) -> (Tensor, Tensor)")
-_library.define(f"scaled_linear_backward(Tensor g, Tensor x, Tensor y0, {_TENSORS}) -> (Tensor, Tensor, Tensor)")
+from ....rewriter.capture.skeleton import copy_skeleton
+from ....rewriter.create import graft_adapter
+from ....rewriter.errors import AdapterError, SpecError, listing, near_misses
+from ....rewriter.state import AdapterTensors, M, record_of, unwrap
+from ....rewriter.switch import active_weights, remove, set_active
+from ....rewriter.tensors import adapter_modules, adapter_state, swap
+from .glora import GLoRA
+from .path import PATHS, GLoRAPath, path_from_dict
 
-
-def effective(weight: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-    """`W0 * (1 + P Q)` in the memory layout of the weight (Conv1D stores it transposed)."""
-    transposed = weight.stride(0) == 1 and weight.stride(1) != 1
-    scale = (Q.t() @ P.t()).t() if transposed else P @ Q
-    return torch.addcmul(weight, weight, scale.to(weight.dtype))
+Paths = Mapping[str, "GLoRAPath | Mapping[str, str]"]
 
 
-def _drawn(low_rank: Tensor) -> bool:
-    return low_rank.device.type != "cpu" or bool(low_rank)
+def supernet_sites(model: nn.Module, name: str = "default") -> dict[str, AdapterTensors]:
+    """The sites of an adapter that still choose among paths, by name, in model order.
 
-
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, P: Tensor, Q: Tensor, low_rank: Tensor
-) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        if _drawn(low_rank):
-            y = F.linear(x, effective(weight, P, Q).to(x.dtype), bias)
-            return y, torch.empty_like(y)  # not written, so no memory is touched
-        y0 = F.linear(x, weight.to(x.dtype), bias)
-        return torch.addcmul(y0, y0 if bias is None else y0 - bias, P[:, -1].to(x.dtype)), y0
-
-
-def _backward(
-    g: Tensor, x: Tensor, y0: Tensor, weight: Tensor, bias: Tensor | None, P: Tensor, Q: Tensor, low_rank: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        g = g.to(x.dtype)
-        if _drawn(low_rank):
-            dense = (g.t() @ x).to(P.dtype) * weight
-            return g @ effective(weight, P, Q).to(g.dtype), dense @ Q.t(), P.t() @ dense
-        gradient = torch.zeros_like(P)
-        gradient[:, -1] = (g * (y0 if bias is None else y0 - bias)).sum(0)
-        return torch.addcmul(g, g, P[:, -1].to(g.dtype)) @ weight.to(g.dtype), gradient, torch.zeros_like(Q)
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("scaled_linear", _forward, _key)
-    _library.impl("scaled_linear_backward", _backward, _key)
-
-
-@torch.library.register_fake("fxgraft_kernels::scaled_linear", lib=_library)
-def _(x, weight, bias, P, Q, low_rank):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], weight.shape[0])
-
-
-@torch.library.register_fake("fxgraft_kernels::scaled_linear_backward", lib=_library)
-def _(g, x, y0, weight, bias, P, Q, low_rank):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), torch.empty_like(P), torch.empty_like(Q)
-
-
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias, P, Q, low_rank = inputs
-    ctx.save_for_backward(x, output[1], weight, bias, P, Q, low_rank)
-
-
-def _gradients(ctx, g, _):  # type: ignore[no-untyped-def]
-    dx, dP, dQ = torch.ops.fxgraft_kernels.scaled_linear_backward(g, *ctx.saved_tensors)
-    return dx, None, None, dP, dQ, None
-
-
-torch.library.register_autograd("fxgraft_kernels::scaled_linear", _gradients, setup_context=_save, lib=_library)
-
-
-def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, P: Tensor, Q: Tensor, low_rank: Tensor) -> Tensor:
-    """`x (W0 * (1 + P Q))^T + bias`.
-
-    x `(..., in)`; weight `(out, in)` and bias `(out,)` or None, frozen; P `(out, r + 1)`, Q `(r + 1, in)`: the last
-    column of P scales rows and the last row of Q is ones; low_rank: one number, zero where the other columns of P are
-    -> `(..., out)` in x's dtype.
+    Raises:
+        AdapterError: the model has no such adapter, or none of its sites is a supernet.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    bias = None if bias is None else bias.to(x.dtype)
-    y, _ = torch.ops.fxgraft_kernels.scaled_linear(x.reshape(-1, x.shape[-1]), weight, bias, P, Q, low_rank)
-    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    root = unwrap(model)
+    found = {}
+    for _, tensors in adapter_modules(root, name, record_of(root, name)):
+        if tensors.site is not None and isinstance(tensors.method, GLoRA) and tensors.method.path is None:
+            found[tensors.site.name] = tensors
+    if not found:
+        raise AdapterError(f"adapter {name!r} has no site that chooses among paths; GLoRA(path=None) makes a supernet")
+    return found
+
+
+def _checked(paths: Paths, sites: Mapping[str, AdapterTensors], what: str) -> dict[str, GLoRAPath]:
+    if unknown := [site for site in paths if site not in sites]:
+        close = near_misses(unknown[0], sites, 3)
+        raise AdapterError(f"{what}: {listing(unknown)} is no supernet site of this model; close are {listing(close)}")
+    if missing := [site for site in sites if site not in paths]:
+        raise AdapterError(f"{what}: no path for {len(missing)} site(s): {listing(missing)}")
+    checked = {}
+    for site in sites:
+        path = paths[site]
+        checked[site] = path_from_dict(path) if isinstance(path, Mapping) else path
+        if not isinstance(checked[site], GLoRAPath):
+            raise SpecError(f"{what}: {path!r} for {site!r} is not a GLoRAPath")
+    return checked
+
+
+def set_paths(supernet: nn.Module, paths: Paths, name: str = "default") -> None:
+    """Set the path that each site of a supernet takes in eval mode, in place. Training keeps drawing.
+
+    A compiled model is not compiled anew. Copies of the model keep their own paths.
+
+    Raises:
+        AdapterError: a site without a path, or a name that is no site.
+    """
+    sites = supernet_sites(supernet, name)
+    for site, path in _checked(paths, sites, "set_paths").items():
+        old = sites[site]._buffers["path"]
+        assert old is not None
+        # a new tensor, because copies of the model share buffers that are derived from the config
+        sites[site]._buffers["path"] = torch.full_like(old, path.index)
+
+
+def get_paths(supernet: nn.Module, name: str = "default") -> dict[str, GLoRAPath]:
+    """The paths the sites of a supernet take in eval mode."""
+    return {site: PATHS[int(tensors._buffers["path"])] for site, tensors in supernet_sites(supernet, name).items()}  # type: ignore[arg-type]
+
+
+def fix_paths(supernet: M, paths: Paths, name: str = "default") -> M:
+    """A new adapted model whose sites have these paths for good; `supernet` stays as it is.
+
+    Every site keeps only the entries its path uses, with the supernet's values, and only they train: `Xd[:, :1]` for
+    `vector`, one number for `constant`. A site on a path of nothing keeps no tensor. Trained modules come along.
+
+    Args:
+        paths: site name -> `GLoRAPath` (or its dict), for every supernet site: `search_paths(...).paths`.
+        name: the supernet's adapter; the fixed one has the same name.
+
+    Raises:
+        AdapterError: a site without a path, or a name that is no site.
+    """
+    root = unwrap(supernet)
+    sites = supernet_sites(root, name)
+    chosen = _checked(paths, sites, "fix_paths")
+    record, active = record_of(root, name), active_weights(root)
+    values: dict[str, Tensor] = dict(adapter_state(root, name))
+    overrides: dict[str, Any] = {}
+    for site, path in chosen.items():
+        tensors = sites[site]
+        assert isinstance(tensors.method, GLoRA) and tensors.site is not None
+        # overrides are looked up by the weight's name, which the parts of a fused weight share
+        weight = site if tensors.site.whole else site[: site.rindex("[")]
+        overrides["re:" + re.escape(weight) + ("" if tensors.site.whole else r"(\[\d+\])?")] = replace(
+            tensors.method, path=path
+        )
+        prefix = f"{site}." if site else ""
+        given = {key: values.pop(prefix + key) for key, _ in tensors.named_parameters()}
+        kept = path.take(given, tensors.method.rank, tensors.site.bias is not None)
+        values |= {prefix + key: value for key, value in kept.items()}
+    spec = replace(record.spec, overrides={**overrides, **record.spec.overrides})
+
+    fixed = copy_skeleton(root)
+    remove(fixed, name)
+    dtype = next(iter(sites.values())).Ad.dtype
+    fixed = graft_adapter(fixed, spec, name, dtype=dtype, update=None, initialise=False)  # type: ignore[arg-type]
+    for group in record_of(fixed, name).groups:
+        made = getattr(group.method, "path", None)
+        if wrong := [s.name for s in group.sites if s.name in chosen and made != chosen[s.name]]:
+            raise AdapterError(f"fix_paths: the parts of one fused weight need one path, {listing(wrong)} have several")
+    swap(fixed, values, name)
+    set_active(fixed, active)
+    return fixed

@@ -4,29 +4,24 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ....rewriter.capture.outline import outline_linears
 from ....rewriter.errors import SpecError, TargetError, listing
 from ....rewriter.sites import Site
 from ....rewriter.spec import Spec, Target
-from ....rewriter.state import base_modules, lookup, unwrap
+from ....rewriter.state import lookup, unwrap
 from ....rewriter.switch import base_of
 from ....rewriter.targets import resolve
-from .lora_sb import LoRASB, UpdateEstimate, pack_signs
-
-Loss = Callable[[Any, Any], Tensor]
-Forward = Callable[[Any, Any], Any]
+from .estimate_batches import Forward, Loss, backward, limited
+from .gradient_sums import Key, Meter, Processes, Sums
+from .lora_sb import LoRASB, UpdateEstimate
 
 
 def estimate_update(
@@ -98,22 +93,22 @@ def estimate_update(
     twin, sites = _prepare(model, Spec(LoRASB(rank=1), targets=targets, exclude=exclude))  # type: ignore[arg-type]
     with contextlib.suppress(NotImplementedError):  # an exported program has its mode built in
         twin.train(training)
-    group = _Processes(next(iter(sites.values()))[0].device)
+    group = Processes(next(iter(sites.values()))[0].device)
     wanted = group.share(samples)
-    used: Iterable[tuple[Any, int]] = _limited(batches, wanted)
-    meter, taken = _Meter(), 0
+    used: Iterable[tuple[Any, int]] = limited(batches, wanted)
+    meter, taken = Meter(), 0
     packed: dict[str, Tensor] = {}
     parts = _split(sites, rounds)
     with _bar(progress and group.rank == 0, wanted * len(parts)) as advance:
         for part in parts:
-            sums = _Sums(twin, part, torch.device(accumulate_on), meter)
+            sums = Sums(twin, part, torch.device(accumulate_on), meter)
             error: Exception | None = None
             count = 0
             try:
                 if len(parts) > 1 and not isinstance(used, list):
                     used = list(used)
                 for batch, examples in used:
-                    _backward(twin, batch, examples, sums.device, loss, forward)
+                    backward(twin, batch, examples, sums.device, loss, forward)
                     count += examples
                     advance(examples)
             except Exception as raised:  # the other processes wait in the reduction: tell them first
@@ -136,7 +131,6 @@ def estimate_update(
     return UpdateEstimate(eta, packed, shapes, taken, dict(meter.peak), full)
 
 
-# -- arguments -------------------------------------------------------------------------------------------------
 def _check_numbers(**values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
@@ -160,10 +154,6 @@ def _total_steps(batches: Iterable[Any], total_steps: int | None, epochs: int) -
     if length == 0:
         raise SpecError("estimate_update: batches is empty")
     return length * epochs
-
-
-# -- the model -------------------------------------------------------------------------------------------------
-Key = tuple[str, str]  # owner path, attribute
 
 
 def _prepare(model: Any, spec: Spec) -> tuple[nn.Module, dict[Key, list[Site]]]:
@@ -206,182 +196,6 @@ def _split(sites: dict[Key, list[Site]], rounds: int) -> list[dict[Key, list[Sit
         parts[before * rounds // total][key] = group
         before += sizes[key]
     return list(parts.values())
-
-
-# -- sums ------------------------------------------------------------------------------------------------------
-class _Meter:
-    """Bytes held per device, now and at most. Backward runs a thread per device."""
-
-    def __init__(self) -> None:
-        self.now: dict[str, int] = defaultdict(int)
-        self.peak: dict[str, int] = defaultdict(int)
-        self._lock = threading.Lock()
-
-    def add(self, device: torch.device, size: int) -> None:
-        with self._lock:
-            self.now[str(device)] += size
-            self.peak[str(device)] = max(self.peak[str(device)], self.now[str(device)])
-
-
-class _Sums:
-    """Trainable aliases of some target weights in the twin, and the running sums of their gradients by site."""
-
-    def __init__(self, twin: nn.Module, sites: dict[Key, list[Site]], where: torch.device, meter: _Meter) -> None:
-        self.meter = meter
-        self.seen: set[str] = set()
-        self.values: dict[str, Tensor] = {}
-        self._undo: list[Callable[[], Any]] = []
-        self.device = next(iter(twin.parameters())).device
-        owners = dict(base_modules(twin))
-        for (path, attribute), group in sites.items():
-            owner = owners[path]
-            stored: Any = owner._parameters[attribute]
-            # an alias of its own: a weight tied to an embedding must not collect the embedding's gradient
-            alias = nn.Parameter(stored.detach(), requires_grad=True)
-            owner._parameters[attribute] = alias
-            wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-            for site in group:
-                total = torch.zeros(site.out_features, site.in_features, dtype=wide, device=where)
-                meter.add(where, total.nbytes)
-                self.values[site.name] = total
-            handle = alias.register_post_accumulate_grad_hook(partial(self._take, group))
-            self._undo += [handle.remove, partial(owner._parameters.update, {attribute: stored})]
-
-    def _take(self, group: Sequence[Site], parameter: Tensor) -> None:
-        gradient: Any = parameter.grad
-        parameter.grad = None
-        self.meter.add(gradient.device, gradient.nbytes)
-        for site in group:
-            total = self.values[site.name]
-            part = site.linear_layout(gradient)
-            moved = part.to(total.device)
-            extra = moved.nbytes if moved is not part else 0
-            self.meter.add(total.device, extra)
-            total.add_(moved)
-            self.meter.add(total.device, -extra)
-            self.seen.add(site.name)
-        self.meter.add(gradient.device, -gradient.nbytes)
-
-    def detach(self) -> None:
-        """Put the frozen weights back."""
-        for undo in self._undo:
-            undo()
-
-    def pack(self, group: _Processes) -> Iterator[tuple[str, Tensor]]:
-        """Reduce over the processes, and give up one sum after the other for its signs."""
-        broken, zero = [], []
-        for name in list(self.values):
-            total = self.values.pop(name)
-            held, where = total.nbytes, total.device
-            total = group.sum(total)
-            if not torch.isfinite(total).all():
-                broken.append(name)
-            elif not total.any():
-                zero.append(name)
-            signs = pack_signs(total).cpu()
-            self.meter.add(signs.device, signs.nbytes)
-            self.meter.add(where, -held)
-            yield name, signs
-        if broken:
-            raise SpecError(
-                f"the gradients of {len(broken)} target weight(s) have NaN or infinite values: {listing(broken)}. "
-                "A narrow dtype overflows? Scale the loss down (only the sign counts), or estimate in float32"
-            )
-        if zero:
-            warnings.warn(
-                f"the gradients of {len(zero)} target weight(s) are all zero: {listing(zero)}. They have no estimate "
-                "to start from; a narrow dtype may underflow: scale the loss up (only the sign counts)",
-                stacklevel=3,
-            )
-
-
-# -- batches ---------------------------------------------------------------------------------------------------
-def _limited(batches: Iterable[Any], samples: int) -> Iterator[tuple[Any, int]]:
-    """`(batch, its number of examples)` up to so many examples, the last batch cut where it can be."""
-    left = samples
-    for batch in batches if left else ():
-        batch = dict(batch) if isinstance(batch, Mapping) else batch
-        leaves = pytree.tree_leaves(batch)
-        size = next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()), 0)
-        if size == 0:
-            raise SpecError(
-                f"estimate_update: a batch is a {type(batch).__name__} without a tensor of examples; give dicts, "
-                "tuples, lists or tensors"
-            )
-        if size > left and all(isinstance(leaf, (Tensor, int, float, bool, type(None))) for leaf in leaves):
-            batch = _cut(batch, size, left)
-            size = left
-        yield batch, size
-        left -= size
-        if left <= 0:
-            return
-
-
-def _cut(batch: Any, size: int, keep: int) -> Any:
-    """The first `keep` examples of a batch of `size`; tensors of another length do not count examples."""
-
-    def cut(leaf: Any) -> Any:
-        return leaf[:keep] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size else leaf
-
-    return pytree.tree_map(cut, batch)
-
-
-def _backward(
-    twin: nn.Module, batch: Any, examples: int, device: torch.device, loss: Loss | None, forward: Forward | None
-) -> None:
-    """Add one batch's gradients to the sums: backward runs their hooks."""
-    batch = pytree.tree_map(lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t, batch)
-    with torch.enable_grad():
-        if forward is not None:
-            output = forward(twin, batch)
-        elif isinstance(batch, dict):
-            output = twin(**batch)
-        else:
-            output = twin(*batch) if isinstance(batch, (tuple, list)) else twin(batch)
-        value: Any = getattr(output, "loss", None) if loss is None else loss(output, batch)
-        if loss is None and value is None:
-            raise SpecError(
-                f"estimate_update: the model's output ({type(output).__name__}) has no loss; put labels into the "
-                "batches, or give loss=lambda output, batch: ..."
-            )
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shape = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise SpecError(f"estimate_update: the loss is {shape}, not one number")
-        if not torch.isfinite(value):
-            raise SpecError(f"estimate_update: the loss is {value.item()}; no gradient can be taken from it")
-        if value.requires_grad:  # otherwise no target took part, which the caller reports by name
-            (value.reshape(()) * examples).backward()
-
-
-# -- processes -------------------------------------------------------------------------------------------------
-class _Processes:
-    """The processes of `torch.distributed`, or this one alone."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.size, self.rank, self.device = 1, 0, device
-        if dist.is_available() and dist.is_initialized():
-            self.size, self.rank = dist.get_world_size(), dist.get_rank()
-            if "gloo" in str(dist.get_backend_config()):
-                self.device = torch.device("cpu")
-
-    def share(self, samples: int) -> int:
-        """How many of the samples this process takes."""
-        return samples // self.size + (self.rank < samples % self.size)
-
-    def sum(self, value: Tensor) -> Tensor:
-        if self.size > 1:
-            value = value.to(self.device)
-            dist.all_reduce(value)
-        return value
-
-    def agree(self, error: Exception | None, count: int, seen: list[bool]) -> tuple[int, list[bool]]:
-        """Samples of all processes and what any of them has seen; raises everywhere if one has failed."""
-        flags = self.sum(torch.tensor([error is not None, count, *seen], dtype=torch.int64)).tolist()
-        if error is not None:
-            raise error
-        if flags[0]:
-            raise SpecError(f"estimate_update failed in {flags[0]} other process(es); their own errors say why")
-        return flags[1], [bool(flag) for flag in flags[2:]]
 
 
 @contextlib.contextmanager

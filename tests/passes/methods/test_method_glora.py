@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import fxgraft as fg
-from fxgraft.passes.methods.glora.fix_paths import fix_paths, get_paths, set_paths
 from fxgraft.passes.methods.glora.glora import TENSORS, GLoRA, GLoRAPath
 from fxgraft.passes.methods.glora.path import CHOICES, PATHS
+from fxgraft.passes.methods.glora.supernet import fix_paths, get_paths, set_paths
 from fxgraft.rewriter.method import method_from_dict
 
 torch.set_num_threads(1)

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import fxgraft as fg
 from fxgraft.passes.methods.low_rank_factors import linear_factors
-from fxgraft.passes.methods.prolora import PRoLoRA, chunks_are_cheaper, rotation
+from fxgraft.passes.methods.prolora.prolora import PRoLoRA
+from fxgraft.passes.methods.prolora.rotated_chunks import chunks_are_cheaper, rotation
 
 torch.set_num_threads(1)
 
@@ -100,7 +101,7 @@ def test_both_computations_agree_and_have_the_right_gradients(case, chunked, mon
     """Whatever the cost rule says: expanded and in chunks, for A and for B."""
     inside, outside, method = build(case)
     answers = iter(itertools.cycle(chunked))
-    import fxgraft.passes.methods.prolora as module
+    import fxgraft.passes.methods.prolora.prolora as module
 
     monkeypatch.setattr(module, "chunks_are_cheaper", lambda *_: next(answers))
     adapted, state = graft(nn.Linear(inside, outside).double(), method)

@@ -13,10 +13,10 @@ from torch import nn
 
 import fxgraft as fg
 from fxgraft.passes.methods.glora.evolution import Evolution, SearchSpace
-from fxgraft.passes.methods.glora.fix_paths import fix_paths, get_paths, set_paths
 from fxgraft.passes.methods.glora.glora import GLoRA, GLoRAPath
 from fxgraft.passes.methods.glora.path import CHOICES, PATHS
 from fxgraft.passes.methods.glora.search import search_paths
+from fxgraft.passes.methods.glora.supernet import fix_paths, get_paths, set_paths
 
 optuna = pytest.importorskip("optuna")
 torch.set_num_threads(1)
