@@ -29,22 +29,22 @@ PROJECTIONS = ("drawn", "stored")
 
 def vera_down(A: Tensor, B: Tensor, d: Tensor, b: Tensor, columns: int) -> Tensor:
     """`A (r, in)`, a view."""
-    return A[:, :columns]
+    return near(A, d)[:, :columns]
 
 
 def vera_across(A: Tensor, B: Tensor, d: Tensor, b: Tensor, columns: int) -> Tensor:
     """`diag(b) B diag(d) (out, r)`."""
-    return scaled(B[: b.shape[0]], d, b)
+    return b[:, None] * near(B, d)[: b.shape[0]] * d
 
 
 def vera_up(z: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, columns: int) -> Tensor:
     """`b * (B (d * z))`: no product of the size of B."""
-    return F.linear(z * cast(d, z), cast(B[: b.shape[0]], z)) * cast(b, z)
+    return F.linear(z * cast(d, z), cast(near(B, d)[: b.shape[0]], z)) * cast(b, z)
 
 
-def scaled(B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-    """B `(out, r)` with its rows times b and its columns times d."""
-    return b[:, None] * B * d
+def near(shared: Tensor, own: Tensor) -> Tensor:
+    """A or B where a layer's own tensors are: of a model spread over devices it lives on the first."""
+    return shared if shared.device == own.device else shared.to(own.device)
 
 
 @operator(
@@ -57,8 +57,6 @@ def vera(x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, columns: int) ->
     x `(..., in)`; A `(r, at least in)`; B `(at least out, r)`; d `(r,)`; b `(out,)`; columns: in -> `(..., out)` in x's
     dtype.
     """
-    if A.device != x.device:  # a model spread over devices: the projection lives on the first
-        A, B = A.to(x.device), B.to(x.device)
     return vera_up(F.linear(x, cast(vera_down(A, B, d, b, columns), x)), A, B, d, b, columns)
 
 
@@ -153,7 +151,8 @@ class VeRA(Method, key="vera"):
         )  # fmt: skip
 
     def factors(self, shared: Tensors, local: Tensors) -> tuple[Tensor, Tensor]:
-        return shared["A"], scaled(shared["B"], local["d"], local["b"])
+        A, B, d, b = shared["A"], shared["B"], local["d"], local["b"]
+        return vera_down(A, B, d, b, A.shape[1]), vera_across(A, B, d, b, A.shape[1])
 
 
 # -- many adapters in one graph: a row of d and a row of b each, and the projection once -------------------------------
@@ -166,10 +165,8 @@ def bank_vera(x: Tensor, ids: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b:
     """
     if ids is None:
         return no_delta(x, b.shape[1])
-    if A.device != x.device:
-        A, B = A.to(x.device), B.to(x.device)
-    z = F.linear(per_sample(x, ids), cast(A[:, : x.shape[-1]], x)) * cast(chosen(d, ids), x).unsqueeze(1)
-    y = F.linear(z, cast(B[: b.shape[1]], x)) * cast(chosen(b, ids), x).unsqueeze(1)
+    z = F.linear(per_sample(x, ids), cast(near(A, d)[:, : x.shape[-1]], x)) * cast(chosen(d, ids), x).unsqueeze(1)
+    y = F.linear(z, cast(near(B, d)[: b.shape[1]], x)) * cast(chosen(b, ids), x).unsqueeze(1)
     return y.reshape(*x.shape[:-1], b.shape[1])
 
 

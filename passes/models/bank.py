@@ -57,7 +57,8 @@ def bank(
     (some forward passes), and once more for every other kind of call; a layer where samples cannot be told apart is an
     error, and no numbers come out. `example_inputs` try it here and now.
 
-    Memory per tenant: its factors (`r * (in + out)` per site); for Uni-LoRA adapters with one projection, the vector.
+    Memory per tenant: its factors (`r * (in + out)` per site); for Uni-LoRA and VeRA adapters with one projection, the
+    vectors.
 
     Args:
         model: an adapted model, or a plain one with `spec`.
@@ -67,7 +68,7 @@ def bank(
         spec: how plain dicts are read; by default as the model's active adapter.
         capacity: how many tenants fit; by default as many as there are.
         rank: the largest rank that fits; by default that of the tenants.
-        expand: Uni-LoRA only: hold factors instead of vectors, more memory and less work per call.
+        expand: Uni-LoRA and VeRA only: hold factors instead of vectors, more memory and less work per call.
         dtype: of the stacks; by default as `rewrite` chooses.
         example_inputs: a tuple of positional or a mapping of keyword arguments, two samples or more.
         batch_axis: the dimension of the model's inputs that the samples are along.

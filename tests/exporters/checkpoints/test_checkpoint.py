@@ -190,6 +190,7 @@ HUGE = {
     "HydraLoRA, 2**24 experts": (fg.HydraLoRA(2, 3), {"experts": 2**24}),
     "Uni-LoRA, a vector of 2**50": (fg.UniLoRA(2, 20), {"vector_length": 2**50}),
     "Uni-LoRA, rank 2**40": (fg.UniLoRA(2, 20), {"rank": 2**40}),
+    "VeRA, rank 2**40": (fg.VeRA(2), {"rank": 2**40}),
     "PRoLoRA, rank 2**40": (fg.PRoLoRA(4, 1, 2, 2), {"rank": 2**40}),
     "LoRA-XS, rank 2**40": (fg.LoRAXS(2), {"rank": 2**40}),
     "GLoRA, rank 2**40": (fg.GLoRA(2), {"rank": 2**40}),

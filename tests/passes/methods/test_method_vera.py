@@ -49,6 +49,17 @@ def test_halves_are_the_operator(more):
     torch.testing.assert_close(F.linear(z, vera_across(*rest, 7)), expected)
 
 
+def test_a_projection_on_another_device():
+    """Of a model spread over devices, A and B live on the first. Meta is a device that every machine has."""
+    A, B = torch.empty(3, 9), torch.empty(8, 3)
+    x, d, b = (torch.empty(shape, device="meta") for shape in ((2, 7), (3,), (5,)))
+    ids, stacks = torch.empty(2, dtype=torch.long, device="meta"), (d.expand(4, 3), b.expand(4, 5))
+    shared, local = {"A": A[:, :7], "B": B[:5]}, {"d": d, "b": b}
+    made = torch.ops.fxgraft.vera(x, A, B, d, b, 7), torch.ops.fxgraft.bank_vera(x, ids, A, B, *stacks)
+    made += vera_down(A, B, d, b, 7), vera_across(A, B, d, b, 7), *fg.VeRA(3).factors(shared, local)
+    assert {t.device.type for t in made} == {"meta"}
+
+
 def test_gradients():
     x, A, B, d, b = operands(torch.float64, more=2)
     check = [t.requires_grad_() for t in (x, d, b)]
