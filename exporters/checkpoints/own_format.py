@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,6 @@ def save_own(
     live, values = _live_state(root, name), values or {}
     tensors = {k: values[k] if k in values else full(t.detach()) for k, t in live.items()}
     tensors = writable(tensors, name)
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         own = version("fxgraft")
     except PackageNotFoundError:  # run from a source tree

@@ -1,18 +1,28 @@
-"""`fg.save_adapter`: one adapter into a folder, in fxgraft's own format or in HF PEFT's."""
+"""`fg.save_adapter`: one adapter into a folder, in fxgraft's own format or, so that PEFT opens it, in HF PEFT's."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from ...rewriter.errors import CheckpointError
+from ...passes.models.factors import trained
+from ...rewriter.errors import CheckpointError, listing
+from ...rewriter.method import Method
+from ...rewriter.modules.shards import full, on_first, reshard
+from ...rewriter.state import AdapterRecord, grafted_modules, lookup, record_of, unwrap
+from ...rewriter.tensors import adapter_modules
+from .derived_hash import IN_METADATA, derived_hash
+from .folder_files import writable, write_folder
+from .foreign.format import OwnAdapter
+from .foreign.peft_targets import is_linear, saved_names, target_names
+from .foreign.plain_keys import PREFIX
+from .formats import FORMATS
 from .own_format import save_own
-from .save_peft import save_peft
-
-FORMATS = ("fxgraft", "peft")
 
 
 def save_adapter(
@@ -36,10 +46,98 @@ def save_adapter(
     Raises:
         CheckpointError: the folder cannot be written, the values are not finite, or the format cannot hold the method.
     """
-    if format not in FORMATS:
-        raise CheckpointError(f"save_adapter(format={format!r}): allowed are {FORMATS}")
+    if format not in ("fxgraft", "peft"):
+        raise CheckpointError(f"save_adapter(format={format!r}): allowed are {('fxgraft', 'peft')}")
     if format == "peft":
-        return save_peft(adapted, directory, name, save_indices)
+        return _save_peft(adapted, directory, name, save_indices)
     if save_indices is not None:
         raise CheckpointError("save_adapter(save_indices=...) is for format='peft'; fxgraft's own always fits")
     return save_own(adapted, directory, name)
+
+
+def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str, save_indices: bool | None) -> Path:
+    """Write what PEFT 0.21 itself would write; what it cannot hold is refused before anything is written."""
+    root = unwrap(adapted)
+    record = record_of(root, name)
+    what = f"adapter {name!r} cannot be saved for PEFT"
+    modules = grafted_modules(root)
+    _check_sites(record, modules, what)
+    kinds = {type(group.method) for group in record.groups}
+    writer = next((format for format in FORMATS if format.write and kinds == {format.method}), None)
+    if writer is None or writer.write is None:
+        raise CheckpointError(f"{what}: {_no_peft_form([group.method for group in record.groups])}")
+    if save_indices is not None and not writer.has_indices:
+        taking = " and ".join(format.method.__name__ for format in FORMATS if format.has_indices and format.method)
+        raise CheckpointError(f"{what}: save_indices is for {taking}, and this is {next(iter(kinds)).__name__}")
+    reshard(root)
+    sites = {t.site.name: t for _, t in adapter_modules(root, name, record) if t.site is not None}
+    fields, tensors = writer.write(OwnAdapter(root, record, sites, what, save_indices))
+    config: dict[str, Any] = {
+        "base_model_name_or_path": getattr(getattr(root, "config", None), "name_or_path", None) or None,
+        "task_type": None,
+        "inference_mode": True,
+        "bias": "none",
+        "modules_to_save": _modules_to_save(root, record, what),
+        **fields,
+    }
+    config["target_modules"] = _target_modules(config, root, list(sites), what)
+    tensors |= {PREFIX + key: tensor for key, tensor in trained(root, name).items()}
+    for tie in record.ties:  # PEFT gives every module a copy of its own: equal values are the tie
+        own = modules[tie.path].state_dict()
+        tensors |= {f"{PREFIX}{tie.path}.{k}": t for k, t in own.items() if f"{PREFIX}{tie.path}.{k}" not in tensors}
+    for tie in record.ties:
+        tensors[PREFIX + tie.full] = tensors[f"{PREFIX}{tie.trained}.{tie.name}"]
+    live = list(tensors.values())
+    tensors = writable({key: full(tensor.detach()) for key, tensor in tensors.items()}, name)
+    derived = derived_hash(root, name)
+    extra = {IN_METADATA: derived} if derived is not None else None
+    on_first(live, lambda: write_folder(directory, config, tensors, extra))
+    return Path(directory)
+
+
+# -- what PEFT can hold ------------------------------------------------------------------------------------------
+def _no_peft_form(methods: Iterable[Method]) -> str:
+    methods = list(methods)
+    names = sorted({type(m).__name__ for m in methods})
+    said = f"PEFT has no {names[0]}" if len(names) == 1 else f"a PEFT adapter has one method, this one has {names}"
+    reasons = [m.not_low_rank for m in methods if m.not_low_rank]
+    if reasons:
+        return f"{said}, and it is not a LoRA: {reasons[0]}. Save it with format='fxgraft'"
+    return f"{said}. fg.to_lora(adapted) is the same function as a LoRA: save that, or use format='fxgraft'"
+
+
+def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: str) -> None:
+    if parts := [site.name for site in record.sites if not site.whole]:
+        raise CheckpointError(f"{what}: PEFT adapts whole layers, and these are parts of one: {listing(parts)}")
+    if hosted := [site.name for site in record.sites if site.host is not None]:
+        raise CheckpointError(
+            f"{what}: PEFT's layers act when they are called, and the model reads the weights of {listing(hosted)} "
+            "without calling them"
+        )
+    others = [s.name for s in record.sites if not s.owner or s.weight != "weight" or not is_linear(modules[s.owner])]
+    if others:
+        raise CheckpointError(f"{what}: PEFT adapts nn.Linear and Conv1D inside a model, and not {listing(others)}")
+
+
+def _modules_to_save(root: nn.Module, record: AdapterRecord, what: str) -> list[str] | None:
+    train = [*record.train, *dict.fromkeys(tie.path for tie in record.ties)]
+    for path in train:
+        module = lookup(root, path)
+        if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+            raise CheckpointError(f"{what}: PEFT trains modules that it can call, and {path!r} is a list of parameters")
+        if path not in record.train and any(True for _ in module.children()):
+            raise CheckpointError(
+                f"{what}: {path!r} is tied to a module that it trains, and PEFT would train all that is inside it. "
+                "Save it with format='fxgraft', or train with Spec(keep_ties=False)"
+            )
+    if train and (also := [name for name in saved_names(train, root) if name not in train]):
+        raise CheckpointError(f"{what}: PEFT takes any name ending, and {train} would also train {listing(also)}")
+    return train or None
+
+
+def _target_modules(config: Mapping[str, Any], root: nn.Module, names: list[str], what: str) -> list[str] | str:
+    """The sites' full names; as a regular expression where one of them is also the ending of another layer's name."""
+    for targets in (names, "|".join(map(re.escape, names))):
+        if set(target_names({**config, "target_modules": targets}, root, what) or ()) == set(names):
+            return targets
+    raise CheckpointError(f"{what}: PEFT leaves out layers inside modules_to_save={config['modules_to_save']}")

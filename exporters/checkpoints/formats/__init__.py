@@ -5,6 +5,11 @@ from pkgutil import iter_modules
 
 from ..foreign.format import Format
 
-_found: list[Format] = [import_module(f"{__name__}.{module.name}").FORMAT for module in iter_modules(__path__)]
-#: forks first: they kept the `peft_type` of the method they were made of
-FORMATS = tuple(sorted(_found, key=lambda format: bool(format.peft_type)))
+
+def find_formats() -> tuple[Format, ...]:
+    """Those of this folder's files, forks first: they kept the `peft_type` of the method they were made of."""
+    found: list[Format] = [import_module(f"{__name__}.{module.name}").FORMAT for module in iter_modules(__path__)]
+    return tuple(sorted(found, key=lambda format: bool(format.peft_type)))
+
+
+FORMATS = find_formats()
