@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ...backends.artifact.parity import Parity, tolerance_of
-from ...backends.artifact.signature import automatic_axes, bind, check_sizes, given_axes, symbols
+from ...backends.artifact.signature import automatic_axes, bind, check_sizes, given_axes
 from ...backends.artifact.staging import staged
 from ...rewriter.capture.skeleton import bare
 from ...rewriter.errors import ExportError, listing
-from ...rewriter.method import ADAPTER_IDS
 from ...rewriter.state import find_state
 from ..adapterfiles import graph_manifest as manifest
-from . import open_inputs, save_graph
+from . import save_graph
 from .cached_decoder import cached, cached_example
 from .checks import check as check_graph
-from .export_result import OnnxExport, Shape
-from .flat_call import TURN, FlatCall
-from .graph_names import name_ends, rename_axes, tidy
-from .graph_rewrites import name_transposes, widen_convolutions
+from .export_result import OnnxExport
+from .flat_call import TURN
+from .make_graph import make_graph
 from .modes import make_plan
 from .ort_graph import CheckGraph
 from .prepare import runnable, working_copy
 from .record import Record, write_description
-from .translate import fixed_axes, quiet, trace, translate, without
-from .weight_files import base_forms
-from .widen import has_bfloat16
 
 MODES = ("merged", "swappable", "bank")
 # torch translates to this opset, or converts from it; its converter goes up to the last.
@@ -112,6 +106,86 @@ def export_onnx(
     started = time.perf_counter()
     if not isinstance(adapted, torch.nn.Module):
         raise ExportError(f"export_onnx({type(adapted).__name__}, ...): give the adapted model, an nn.Module")
+    _check_options(adapters, expanded, capacity, rank, opset, seed, tolerance)
+    if cache and dynamic_shapes is not None:
+        raise ExportError("cache=True makes every axis of the cache and the tokens dynamic; leave dynamic_shapes out")
+    with TURN:
+        model = working_copy(bare(adapted))
+        layers = 0
+        if cache:
+            decoder = cached_example(model, example_inputs)
+            model, example_inputs, layers = cached(model, decoder.layers), decoder.inputs, decoder.layers
+        example = bind(model, example_inputs, dicts=True)
+        if dynamic_shapes is None:
+            axes = decoder.axes if cache else automatic_axes(example)
+            dims: dict[str, Any] = {key: dict.fromkeys(axes[key], torch.export.Dim.AUTO) for key in axes}
+        else:
+            axes, dims = given_axes(example, dynamic_shapes)
+        check_sizes(example, axes)
+        strict = cache or dynamic_shapes is not None
+        with staged(path, ".onnx") as folder, torch.no_grad():
+            target = Path(path)
+            plan = make_plan(model, adapters, name, expanded, capacity, rank)
+            example = runnable(plan.truth, example)
+            allowed = tolerance_of(plan.module) if tolerance is None else tolerance
+            traced, its_axes, its_dims = plan.extend(example, axes, dims)
+            made = make_graph(plan, traced, its_axes, its_dims, opset, strict)
+            axes = {key: named for key, named in made.axes.items() if key in example.tensors}
+            about = {
+                "adapters": adapters,
+                "cache": layers,
+                "name": plan.name,
+                "model": type(adapted).__name__,
+                "specs": _specs(model),
+                "sites": plan.sites,
+                "trained": plan.trained,
+                "fingerprint": plan.fingerprint,
+                **plan.about(),
+                "tolerance": allowed,
+                "given_tolerance": tolerance,
+                "checked": check,
+                "versions": manifest.versions(),
+                **({"renamed": made.renamed} if made.renamed else {}),
+            }
+            file = folder / target.name
+            save_graph.save(made.model, file, external_data, target.parent, made.forms)
+            made.model = None  # its weights are no longer needed
+            record, notes = Record.of(example, axes), made.notes
+            if check:
+                record, more = check_graph(plan, CheckGraph(file, about), example, axes, seed, tolerance)
+                notes += more
+            write_description(file, about, record)
+            files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
+    if made.narrow and check:
+        notes += ("bfloat16: compared in float32 over the same weights, onnxruntime's CPU cannot run it",)
+    return OnnxExport(
+        path=target,
+        adapters=adapters,
+        name=plan.name,
+        inputs=made.inputs,
+        outputs=made.outputs,
+        dynamic_axes=made.dynamic_axes,
+        adapter_inputs={key: value.shape for key, value in made.opened.items()},
+        opset=made.opset,
+        parity=tuple(Parity(**one) for one in record.parity),
+        tolerance=allowed,
+        files=files,
+        seconds=time.perf_counter() - started,
+        notes=notes,
+        renamed=made.renamed,
+        trained=tuple(key for key, value in made.opened.items() if value.site is None),
+    )
+
+
+def _specs(adapted: torch.nn.Module) -> dict[str, Any]:
+    """The configs of a model's adapters, by name."""
+    state = find_state(adapted)
+    return {name: record.spec.to_dict() for name, record in state.adapters.items()} if state is not None else {}
+
+
+def _check_options(
+    adapters: Any, expanded: bool, capacity: Any, rank: Any, opset: Any, seed: Any, tolerance: Any
+) -> None:
     if adapters not in MODES:
         raise ExportError(f"adapters={adapters!r} is not one of {listing(MODES)}")
     if not expanded and adapters != "swappable":
@@ -130,128 +204,6 @@ def export_onnx(
     number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
     if tolerance is not None and not (number and 0 < tolerance < math.inf):
         raise ExportError(f"tolerance={tolerance!r}: give a number above 0, or None")
-    if cache and dynamic_shapes is not None:
-        raise ExportError("cache=True makes every axis of the cache and the tokens dynamic; leave dynamic_shapes out")
-    with TURN:
-        model = working_copy(bare(adapted))
-        layers = 0
-        if cache:
-            decoder = cached_example(model, example_inputs)
-            model, example_inputs, layers = cached(model, decoder.layers), decoder.inputs, decoder.layers
-        example = bind(model, example_inputs, dicts=True)
-        if cache:
-            axes = decoder.axes
-            dims: dict[str, Any] = {key: dict.fromkeys(axes[key], torch.export.Dim.AUTO) for key in axes}
-        elif dynamic_shapes is None:
-            axes = automatic_axes(example)
-            dims = {key: dict.fromkeys(axes[key], torch.export.Dim.AUTO) for key in axes}
-        else:
-            axes, dims = given_axes(example, dynamic_shapes)
-        check_sizes(example, axes)
-        strict = cache or dynamic_shapes is not None
-        with staged(path, ".onnx") as folder, torch.no_grad():
-            target = Path(path)
-            plan = make_plan(model, adapters, name, expanded, capacity, rank)
-            example = runnable(plan.truth, example)
-            allowed = tolerance_of(plan.module) if tolerance is None else tolerance
-            traced, its_axes, its_dims = plan.extend(example, axes, dims)
-            call = FlatCall(plan.module, traced)
-            program = trace(call, its_dims)
-            names, fixed = symbols(program.graph, call.named(its_axes))
-            places = {place: key for key, place in call.names.items()}
-            fixed = [(places[key], axis, label, size) for key, axis, label, size in fixed]
-            notes = fixed_axes(fixed, strict)
-            axes = without(axes, fixed)
-            made = translate(program, opset)
-            del program
-            rename_axes(made.model, names)
-            forms = base_forms(made.model, plan.base.state_dict())
-            ids = next((one for one in made.model.graph.inputs if one.name == call.names.get(ADAPTER_IDS)), None)
-            opened = plan.open(made.model, ids)
-            widen_convolutions(made.model)
-            kept = name_transposes(made.model)
-            with quiet():
-                made.optimize()
-            open_inputs.unpin(made.model, kept)
-            open_inputs.close(made.model, opened)
-            plan.close(made.model)
-            renamed = name_ends(made.model, places, call.outputs, opened)
-            tidy(made.model)
-            about = {
-                "adapters": adapters,
-                "cache": layers,
-                "name": plan.name,
-                "model": type(adapted).__name__,
-                "specs": _specs(model),
-                "sites": plan.sites,
-                "trained": plan.trained,
-                "fingerprint": plan.fingerprint,
-                **plan.about(),
-                "tolerance": allowed,
-                "given_tolerance": tolerance,
-                "checked": check,
-                "versions": manifest.versions(),
-                **({"renamed": renamed} if renamed else {}),
-            }
-            file = folder / target.name
-            save_graph.save(made.model, file, external_data, target.parent, forms)
-            described, narrow = _describe(made.model, opened, renamed), has_bfloat16(made.model)
-            del made
-            record = Record.of(example, axes)
-            if check:
-                record, more = check_graph(plan, CheckGraph(file, about), example, axes, seed, tolerance)
-                notes += more
-            write_description(file, about, record)
-            files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
-    notes += tuple(
-        f"output {key!r} is the {type(value).__name__} {value!r}, no tensor: it is not in the graph"
-        for key, value in call.dropped.items()
-    )
-    if narrow and check:
-        notes += ("bfloat16: compared in float32 over the same weights, onnxruntime's CPU cannot run it",)
-    return OnnxExport(
-        path=target,
-        adapters=adapters,
-        name=plan.name,
-        adapter_inputs={key: value.shape for key, value in opened.items()},
-        parity=tuple(Parity(**one) for one in record.parity),
-        tolerance=allowed,
-        files=files,
-        seconds=time.perf_counter() - started,
-        notes=notes,
-        renamed=renamed,
-        trained=tuple(key for key, value in opened.items() if value.site is None),
-        **described,
-    )
-
-
-def _specs(adapted: torch.nn.Module) -> dict[str, Any]:
-    """The configs of a model's adapters, by name."""
-    state = find_state(adapted)
-    return {name: record.spec.to_dict() for name, record in state.adapters.items()} if state is not None else {}
-
-
-def _describe(
-    model: Any, opened: Mapping[str, open_inputs.Opened], renamed: Mapping[str, Mapping[str, str]]
-) -> dict[str, Any]:
-    """The inputs and outputs of a graph by the model's names, for `OnnxExport`."""
-
-    def shapes(values: Any, side: str) -> dict[str, Shape]:
-        models = {its: name for name, its in renamed.get(side, {}).items()}
-        return {
-            models.get(value.name, value.name): tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-            for value in values
-            if value.name not in opened
-        }
-
-    inputs = shapes(model.graph.inputs, "inputs")
-    axes = {key: {i: dim for i, dim in enumerate(dims) if isinstance(dim, str)} for key, dims in inputs.items()}
-    return {
-        "inputs": inputs,
-        "outputs": shapes(model.graph.outputs, "outputs"),
-        "dynamic_axes": {key: named for key, named in axes.items() if named},
-        "opset": model.opset_imports[""],
-    }
 
 
 __all__ = ["OnnxExport", "export_onnx"]

@@ -11,7 +11,9 @@ import torch
 
 from ...backends.artifact.parity import sizes_of
 from ...rewriter.errors import ExportError, ParityError
+from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles import graph_manifest
+from ..adapterfiles.adapter_inputs import site_of, tensor_of
 from ..adapterfiles.ort_values import TYPES, Device, TensorInfo, to_array, to_ort
 from .widen import widened
 
@@ -31,6 +33,18 @@ class OrtGraph:
         self.inputs = _infos(session.get_inputs(), self._inputs)
         self.outputs = _infos(session.get_outputs(), self.graph_outputs)
         self.adapter_inputs = _infos(session.get_overridable_initializers(), {})
+
+    def lost(self) -> list[str]:
+        """The adapter inputs that the manifest tells of and the graph has no more."""
+        told = self.manifest or {"adapters": "merged"}
+        trained = told.get("trained", ())
+        sites = told.get("sites", ()) if told["adapters"] != "merged" and "own" not in told else ()
+        begun, heads = (
+            {site_of(name) for name in (*self.adapter_inputs, *trained)},
+            set(map(tensor_of, self.adapter_inputs)),
+        )
+        ids = [ADAPTER_IDS] if told["adapters"] == "bank" and ADAPTER_IDS not in self.inputs else []
+        return [*(site for site in sites if site not in begun), *(name for name in trained if name not in heads), *ids]
 
     def run(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def trace(call: FlatCall, dims: dict[str, Any]) -> torch.export.ExportedProgram:
+def trace(call: FlatCall, dims: Mapping[str, Any]) -> torch.export.ExportedProgram:
     try:
         with quiet():
             program = torch.export.export(call.module, (), call.inputs, dynamic_shapes=call.dims(dims), strict=False)
@@ -60,7 +60,7 @@ def fixed_axes(fixed: Sequence[tuple[str, int, str, int]], strict: bool) -> tupl
             raise ExportError(f"{what}. Leave the axis out of dynamic_shapes, or change the model")
         notes.append(what)
         if label == "batch" and key != ADAPTER_IDS:
-            warnings.warn(f"{what}. The graph takes no other", stacklevel=3)
+            warnings.warn(f"{what}. The graph takes no other", stacklevel=4)
     return tuple(notes)
 
 

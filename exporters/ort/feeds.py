@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from ...rewriter.errors import SessionError, listing, near_misses
+from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles.ort_values import TensorInfo
 
 Array = np.ndarray | torch.Tensor
-IDS = "adapter_ids"  # input of a graph with a bank: the slot of every sample
 
 
 def check_inputs(inputs: Mapping[str, Any], graph: Mapping[str, TensorInfo], bank: bool) -> dict[str, Array]:
@@ -23,9 +23,11 @@ def check_inputs(inputs: Mapping[str, Any], graph: Mapping[str, TensorInfo], ban
     """
     if not isinstance(inputs, Mapping):
         raise SessionError(f"inputs is a {type(inputs).__name__}; give a dict with {listing(graph)}")
-    if IDS in inputs and bank:
-        raise SessionError(f"give {IDS} as run(inputs, {IDS}=[...]): onnxruntime does not check what is in inputs")
-    expected = {name: info for name, info in graph.items() if name != IDS or not bank}
+    if ADAPTER_IDS in inputs and bank:
+        raise SessionError(
+            f"give {ADAPTER_IDS} as run(inputs, {ADAPTER_IDS}=[...]): onnxruntime does not check what is in inputs"
+        )
+    expected = {name: info for name, info in graph.items() if name != ADAPTER_IDS or not bank}
     unknown = [name for name in inputs if name not in expected]
     missing = [name for name in expected if name not in inputs]
     if unknown or missing:
@@ -73,7 +75,7 @@ def check_ids(
     arrays: Mapping[str, Array], graph: Mapping[str, TensorInfo], adapter: Any, adapter_ids: Any
 ) -> list[str | int | None]:
     """The adapter of every sample: a name, a slot, or None. Raises `SessionError` where it is not one per sample."""
-    axis = graph[IDS].shape[0]
+    axis = graph[ADAPTER_IDS].shape[0]
     sizes = {
         array.shape[i]
         for name, array in arrays.items()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...rewriter.errors import AdapterError, SessionError, listing, path_of
-from ..adapterfiles.adapter_inputs import site_of, tensor_of
+from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles.export_adapter import export_ort_adapter
 from ..adapterfiles.fit import one_slot
 from ..adapterfiles.ort_values import Device, to_array, to_ort
@@ -19,7 +20,7 @@ from ..onnx.ort_graph import OrtGraph
 from ..onnx.verify import verify as repeat_checks
 from .active import active_values
 from .adapter_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
-from .feeds import IDS, Array, check_ids, check_inputs
+from .feeds import Array, check_ids, check_inputs
 from .generate import check_prompt, greedy
 from .providers import Provider, device_of, start
 from .read_adapters import AdapterReader
@@ -91,10 +92,15 @@ class OrtSession:
         self.manifest, self.inputs, self.outputs = self._graph.manifest, self._graph.inputs, self._graph.outputs
         self.adapter_inputs = self._graph.adapter_inputs
         told = self.manifest or {}
-        _check_whole(self.path, self.manifest, self.inputs, self.adapter_inputs)
+        if lost := self._graph.lost():
+            raise SessionError(
+                f"{str(path)!r} was exported {told['adapters']!r}, and has no inputs any more for {listing(lost)}: a "
+                "tool that wrote it anew (a quantiser, an optimiser) has taken them for constants, and adapters would "
+                "have no effect. fg.quantize_onnx keeps them; with other tools leave out the nodes that read them"
+            )
         self._bank: Bank | None = None
         self._combine = Combiner(self.device, self.adapter_inputs)
-        if IDS in self.inputs and told.get("adapters", "bank") == "bank":
+        if ADAPTER_IDS in self.inputs and told.get("adapters", "bank") == "bank":
             capacity = told.get("capacity") if capacity is None else capacity
             rank = told.get("rank") if rank is None else rank
             stacks, bases = room(self.path, self.adapter_inputs, capacity, rank)
@@ -231,16 +237,11 @@ class OrtSession:
         unknown = [name for name in wanted if name not in self.outputs]
         if unknown or not wanted:
             raise SessionError(f"unknown outputs {listing(unknown)}; the graph has {listing(self.outputs)}")
-        if self._bank is None:
-            if adapter_ids is not None:
-                raise SessionError(
-                    "adapter_ids needs a graph with a bank of adapters (adapters='bank'); this one takes one adapter "
-                    "for the whole batch (adapter=)"
-                )
-            return self._run(check_inputs(inputs, self.inputs, bank=False), self._active(adapter), wanted)
-        arrays = check_inputs(inputs, self.inputs, bank=True)
-        with self._bank.batch(check_ids(arrays, self.inputs, adapter, adapter_ids)) as (slots, stacks):
-            return self._run({**arrays, IDS: slots}, stacks, wanted)
+        arrays = check_inputs(inputs, self.inputs, bank=self._bank is not None)
+        with self._chosen(arrays, adapter, adapter_ids) as (ids, values):
+            given = {name: to_ort(array, self.device) for name, array in {**arrays, **ids}.items()}
+            results = self._call(given, values, wanted)
+        return {name: to_array(value) for name, value in zip(wanted, results, strict=True)}
 
     def generate(
         self,
@@ -268,25 +269,31 @@ class OrtSession:
         ids, mask = check_prompt(input_ids, attention_mask, max_new_tokens, self.inputs)
         ends = [] if eos_token_id is None else list(np.atleast_1d(eos_token_id))
         pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
-        if self._bank is None:
-            if adapter_ids is not None:
-                raise SessionError("adapter_ids needs a graph with a bank of adapters; this one takes adapter=")
-            return self._greedy(self._active(adapter), {}, ids, mask, max_new_tokens, ends, pad)
-        chosen = check_ids({"input_ids": ids}, self.inputs, adapter, adapter_ids)
-        with self._bank.batch(chosen) as (slots, stacks):
-            return self._greedy(stacks, {IDS: slots}, ids, mask, max_new_tokens, ends, pad)
+        with self._chosen({"input_ids": ids}, adapter, adapter_ids) as (slots, values):
 
-    def _greedy(self, values: Mapping[str, Any], arrays: Mapping[str, Array], *prompt: Any) -> np.ndarray:
-        def step(inputs: Mapping[str, Array], cache: Mapping[str, Any], kept: Sequence[str]) -> Any:
-            given = {name: to_ort(array, self.device) for name, array in {**inputs, **arrays}.items()}
-            logits, *rest = self._call({**given, **cache}, values, ["logits"], kept)
-            return to_array(logits), dict(zip(kept, rest, strict=True))
+            def step(inputs: Mapping[str, Array], cache: Mapping[str, Any], kept: Sequence[str]) -> Any:
+                given = {name: to_ort(array, self.device) for name, array in {**inputs, **slots}.items()}
+                logits, *rest = self._call({**given, **cache}, values, ["logits"], kept)
+                return to_array(logits), dict(zip(kept, rest, strict=True))
 
-        return greedy(step, self.inputs, self.device, *prompt)
+            return greedy(step, self.inputs, self.device, ids, mask, max_new_tokens, ends, pad)
 
-    def _run(self, arrays: Mapping[str, Array], values: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
-        results = self._call({name: to_ort(array, self.device) for name, array in arrays.items()}, values, wanted)
-        return {name: to_array(value) for name, value in zip(wanted, results, strict=True)}
+    @contextmanager
+    def _chosen(
+        self, arrays: Mapping[str, Array], adapter: Any, adapter_ids: Any
+    ) -> Iterator[tuple[dict[str, Array], dict[str, Any]]]:
+        """What is fed beside the inputs: the slots of a bank, and the adapter tensors; theirs inside the block."""
+        if self._bank is not None:
+            ids = check_ids(arrays, self.inputs, adapter, adapter_ids)
+            with self._bank.batch(ids) as (slots, stacks):
+                yield {ADAPTER_IDS: slots}, stacks
+            return
+        if adapter_ids is not None:
+            raise SessionError(
+                "adapter_ids needs a graph with a bank of adapters (adapters='bank'); this one takes one adapter for "
+                "the whole batch (adapter=)"
+            )
+        yield {}, active_values(adapter, self._cache, self._combine, own="own" in (self.manifest or {}))
 
     def _call(
         self, inputs: Mapping[str, Any], values: Mapping[str, Any], wanted: Sequence[str], kept: Sequence[str] = ()
@@ -296,28 +303,6 @@ class OrtSession:
             return self._graph.run(inputs, values, wanted, kept, self.device if self.binding else None)
         except Exception as error:  # onnxruntime's classes share no base
             raise SessionError(f"onnxruntime failed on {str(self.path)!r}: {error}") from error
-
-    def _active(self, adapter: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, Any]:
-        return active_values(adapter, self._cache, self._combine, own="own" in (self.manifest or {}))
-
-
-def _check_whole(path: Path, told: Mapping[str, Any] | None, inputs: Any, adapter_inputs: Any) -> None:
-    """Raise `SessionError` where the adapter inputs that the manifest tells of are gone."""
-    if told is None:
-        return
-    sites = told.get("sites", ()) if told["adapters"] != "merged" and "own" not in told else ()
-    begun, heads = set(map(site_of, adapter_inputs)), set(map(tensor_of, adapter_inputs))
-    whole = set(map(site_of, told.get("trained", ())))
-    lost = [site for site in sites if site not in begun and site not in whole]
-    lost += [name for name in told.get("trained", ()) if name not in heads]
-    if told["adapters"] == "bank" and IDS not in inputs:
-        lost += [IDS]
-    if lost:
-        raise SessionError(
-            f"{str(path)!r} was exported {told['adapters']!r}, and has no inputs any more for {listing(lost)}: a tool "
-            "that wrote it anew (a quantiser, an optimiser) has taken them for constants, and adapters would have no "
-            "effect. fg.quantize_onnx keeps them; with other tools leave out the nodes that read them"
-        )
 
 
 __all__ = ["AdapterStats", "LoadedAdapter", "OrtSession", "export_ort_adapter"]

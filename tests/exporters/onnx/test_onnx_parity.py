@@ -12,7 +12,7 @@ from torch import nn
 import fxgraft as fg
 from fxgraft.backends.artifact.parity import MULTIPLE, hold
 from fxgraft.backends.artifact.wide_oracle import widely
-from fxgraft.exporters.onnx import open_inputs, save_graph
+from fxgraft.exporters.onnx import make_graph, save_graph
 from fxgraft.rewriter.errors import ParityError
 
 
@@ -97,7 +97,7 @@ def test_a_fresh_adapter_hides_no_mistake(tmp_path, monkeypatch):
     fresh = fg.rewrite(models.classifier(), fg.Spec(fg.LoRA(rank=2), targets=["up", "down"]))  # B is zero
     example = (torch.randn(4, 6),)
     fg.export_onnx(fresh, tmp_path / "m.onnx", example, adapters="swappable")
-    close = open_inputs.close
+    close = make_graph.close
 
     def cut(model, opened):  # a graph that forgets the adapter of one site
         close(model, opened)
@@ -110,7 +110,7 @@ def test_a_fresh_adapter_hides_no_mistake(tmp_path, monkeypatch):
                 zero.replace_input_with(0, value), zero.replace_input_with(1, value)
                 model.graph.insert_after(node, zero)
 
-    monkeypatch.setattr(open_inputs, "close", cut)
+    monkeypatch.setattr(make_graph, "close", cut)
     with pytest.raises(ParityError, match="random adapter"):
         fg.export_onnx(fresh, tmp_path / "m.onnx", example, adapters="swappable")
 
