@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo as dynamo
+from methods import METHODS, graft
 from small_models import perturb
 from torch import nn
 from torch._dynamo.utils import counters
@@ -19,15 +20,6 @@ import fxgraft as fg
 from fxgraft.passes.graph.pipelines import pipeline_for
 from fxgraft.rewriter.program import Program
 
-METHODS = {
-    "lora": fg.LoRA(rank=2),
-    "unilora": fg.UniLoRA(rank=2, vector_length=30, init_bound=0.5),
-    "lora_xs": fg.LoRAXS(rank=2),
-    "prolora": fg.PRoLoRA(rank=3, unshared=1, a_chunks=1, b_chunks=1),
-    "hydralora": fg.HydraLoRA(rank=2, experts=3),
-    "glora": fg.GLoRA(rank=2, path=fg.GLoRAPath(A="lora", B="vector", C="none", D="constant", E="vector")),
-    "supernet": fg.GLoRA(rank=2),
-}
 TARGETS = {
     "bert": ["query", "value"],
     "vit": ["q_proj", "fc1"],
@@ -100,7 +92,7 @@ class Checked:
 def adapters(model: nn.Module, *methods: Any) -> nn.Module:
     """The model with an adapter `a`, `b`, ... for each method, the last one active."""
     for name, method in zip("abc", methods, strict=False):
-        model = perturb(fg.rewrite(model, fg.Spec(method, ["up", "down"], train=["head"]), name=name))
+        model = perturb(graft(model, fg.Spec(method, ["up", "down"], train=["head"]), name=name))
     return model
 
 
@@ -150,8 +142,8 @@ def test_disabled_and_enabled(mlp, method, training):
 
 
 def test_several_active_adapters(mlp, method):
-    adapted = fg.rewrite(mlp, fg.Spec(method, ["up"]), name="a")
-    adapted = perturb(fg.rewrite(perturb(adapted), fg.Spec(method, ["up", "down"]), name="b"))
+    adapted = graft(mlp, fg.Spec(method, ["up"]), name="a")
+    adapted = perturb(graft(perturb(adapted), fg.Spec(method, ["up", "down"]), name="b"))
     model, x = Checked(adapted, training=False), torch.randn(4, 7)
     choices = (["b"], ["a", "b"], ["a"], [])
     for names in choices:
