@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from methods import METHODS, estimate
 from onnx_models import bert, stir, tokens
 from torch import nn
 
@@ -50,11 +51,11 @@ class Plain(nn.Module):
 class Many(nn.Module):
     """A linear for every method, in a row."""
 
-    NAMES = ("lora", "xs", "sb", "uni", "uni2", "pro", "hydra", "glora", "supernet")
+    NAMES = (*METHODS, "unilora too")  # which shares the vector
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({name: nn.Linear(12, 12, bias=name != "pro") for name in self.NAMES})
+        self.layers = nn.ModuleDict({name: nn.Linear(12, 12, bias=name != "prolora") for name in self.NAMES})
         self.head = nn.Linear(12, 3)
         self.dropout = nn.Dropout(0.5)
 
@@ -103,29 +104,10 @@ def two(folder) -> tuple[Path, nn.Module]:
 def many(folder) -> tuple[Path, nn.Module]:
     torch.manual_seed(0)
     model = Many()
-    path = fg.GLoRAPath(A="lora", B="vector", C="none", D="constant", E="vector")
-    layers = {
-        "*.xs": fg.LoRAXS(rank=4),
-        "*.sb": fg.LoRASB(rank=3),
-        "*.uni*": fg.UniLoRA(rank=2, vector_length=40, init_bound=0.5),
-        "*.pro": fg.PRoLoRA(rank=4, a_chunks=3, b_chunks=3),
-        "*.hydra": fg.HydraLoRA(rank=2, experts=3),
-        "*.glora": fg.GLoRA(rank=2, path=path),
-        "*.supernet": fg.GLoRA(rank=2),
-    }
-    spec = fg.Spec(fg.LoRA(rank=3), ["re:layers\\..*"], train=["head"], overrides=layers)
-    batches = [{"x": torch.randn(4, 12)}]
-    estimate = fg.estimate_update(
-        model,
-        batches,
-        targets="sb",
-        samples=4,
-        lr=1.0,
-        total_steps=99,
-        loss=lambda out, _: out["scores"].sum(),
-        progress=False,
-    )
-    adapted = stir(fg.rewrite(model, spec, update=estimate))
+    layers = {f"*.{name}*" if name == "unilora" else f"*.{name}": method for name, method in METHODS.items()}
+    spec = fg.Spec(METHODS["lora"], ["re:layers\\..*"], train=["head"], overrides=layers)
+    update = estimate(model, fg.Spec(METHODS["lora_sb"], ["lora_sb"]))
+    adapted = stir(fg.rewrite(model, spec, update=update))
     fg.set_paths(adapted, {"layers.supernet": fg.GLoRAPath(A="vector", B="none", C="lora", D="none", E="constant")})
     fg.package(adapted, folder / "many.pt2", (torch.randn(3, 12),))
     return folder / "many.pt2", adapted
@@ -355,7 +337,7 @@ def test_every_method_swaps(many):
     moved = {}
     for site in (*Many.NAMES, "head"):
         # One site at a time: each must reach the compiled code, frozen factors too. UniLoRA's vector is shared.
-        key = "theta" if site.startswith("uni") else f".{site}." if site != "head" else "head."
+        key = "theta" if site.startswith("unilora") else f".{site}." if site != "head" else "head."
         part = {
             k: t + 0.3 * torch.randn(t.shape, generator=generator)
             for k, t in state.items()
