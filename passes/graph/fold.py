@@ -50,7 +50,7 @@ class Fold(Pass):
             if not is_dialect(node.target):
                 continue
             if traits_of(node.target).weight_form is None:
-                result = self._factors(program, node, values)
+                result = self._factors(program, memory, node, values)
             else:
                 result = self._weight(program, memory, node, values)
             if isinstance(result, NoMatch):
@@ -62,7 +62,7 @@ class Fold(Pass):
             drop_unused(program.graph_module)
         return PassResult(program, count > 0, count, tuple(no_matches))
 
-    def _factors(self, program: Program, node: fx.Node, values: Constants) -> NoMatch | None:
+    def _factors(self, program: Program, memory: Memory, node: fx.Node, values: Constants) -> NoMatch | None:
         parts = split(node)
         if isinstance(parts, NoMatch):
             return parts
@@ -77,7 +77,7 @@ class Fold(Pass):
         with by_itself():
             known = _widened(known, value(x))
             A, B = halves.down(*known), halves.across(*known)
-        self._replace(program, node, lora, x, (A, B), 1.0)
+        self._replace(program, memory, node, lora, x, (A, B), 1.0)
         return None
 
     def _weight(self, program: Program, memory: Memory, node: fx.Node, values: Constants) -> NoMatch | None:
@@ -103,11 +103,18 @@ class Fold(Pass):
                 with by_itself():
                     weight = weight + (total[0].t() if product.transposed else total[0])
                     bias = bias if total[1] is None else total[1] if bias is None else bias + total[1]
-        self._replace(program, base or node, F.linear, x, (weight, bias))
+        self._replace(program, memory, base or node, F.linear, x, (weight, bias))
         return None
 
     def _replace(
-        self, program: Program, node: fx.Node, target: Any, x: Any, tensors: tuple[Tensor | None, ...], *rest: Any
+        self,
+        program: Program,
+        memory: Memory,
+        node: fx.Node,
+        target: Any,
+        x: Any,
+        tensors: tuple[Tensor | None, ...],
+        *rest: Any,
     ) -> None:
         module, graph = program.graph_module, program.graph
         reads: list[fx.Node | None] = []
@@ -121,6 +128,7 @@ class Fold(Pass):
                 reads.append(graph.get_attr(name))
             new = graph.call_function(target, (x, *reads, *rest))
         replace_meta(new, node, type(self).__name__)
+        memory.stands(new, node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
 

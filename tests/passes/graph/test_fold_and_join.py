@@ -6,7 +6,7 @@ import pytest
 import torch
 from captured_attention import Attention, adapted, captured, printed
 from methods import METHODS
-from small_models import relative_error
+from small_models import perturb, relative_error
 from torch import nn
 
 import fxgraft as fg
@@ -86,6 +86,17 @@ def test_fold_turns_a_fixed_path_into_weights(name):
     assert relative_error(result.program.graph_module(x), fg.merge(model).double()(x.double())) < 1e-5
     sizes = {tuple(t.shape) for t in result.program.graph_module.buffers()}
     assert (8, 12) in sizes and not any("weight" in n for n, _ in result.program.graph_module.named_parameters())
+
+
+def test_two_fixed_paths_of_one_product_become_one_weight():
+    model = Attention()
+    for name in "ab":
+        model = perturb(fg.rewrite(model, fg.Spec(METHODS["glora"], targets=["q"]), name=name), 0.3)
+    fg.set_active(model.eval(), ["a", "b"])
+    x = torch.randn(5, 12)
+    result = Fold()(captured(model))
+    assert result.count == 2
+    torch.testing.assert_close(result.program.graph_module(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 # -- joined base products ------------------------------------------------------------------------------------------
