@@ -13,6 +13,7 @@ from collections import Counter
 
 import pytest
 import torch
+from methods import FIXED, graft
 from mutating import Compared
 from random_programs import ROWS, WIDTH, Random, draw
 from small_models import perturb
@@ -29,14 +30,6 @@ from fxgraft.rewriter.program import Pipeline
 
 pytestmark = [pytest.mark.campaign, pytest.mark.filterwarnings("ignore")]  # of sites that a program leaves out
 COUNT = max(1, int(40 * float(os.environ.get("FXGRAFT_CAMPAIGN_SCALE", "1"))))
-METHODS = {
-    "lora": fg.LoRA(rank=2),
-    "lora_xs": fg.LoRAXS(rank=3),
-    "unilora": fg.UniLoRA(rank=2, vector_length=40, init_bound=0.5),
-    "prolora": fg.PRoLoRA(rank=4, unshared=1, a_chunks=2, b_chunks=2),
-    "hydralora": fg.HydraLoRA(rank=2, experts=2),
-    "glora": fg.GLoRA(rank=2, path=fg.GLoRAPath(A="none", B="lora", C="lora", D="vector", E="vector")),
-}
 OWNED = {
     "frozen": frozen,
     "packaged": packaged,
@@ -47,8 +40,8 @@ OWNED = {
 
 def made(seed, training):
     torch.manual_seed(seed)
-    method = list(METHODS)[seed % len(METHODS)]
-    model = fg.rewrite(Random(draw(seed)), fg.Spec(METHODS[method], targets="all-linear"))
+    method = list(FIXED)[seed % len(FIXED)]
+    model = graft(Random(draw(seed)), fg.Spec(FIXED[method], targets="all-linear"))
     return perturb(model, 0.2).train(training)
 
 
