@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from .base_names import lookup
 from .errors import AdapterError, listing
 from .grafted_class import base_class
-from .state import ModelState, lookup
+from .state import ModelState
 
 
 def _linear_in_parameters(module: nn.Module) -> bool:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapter_tensors import ADAPTERS, SHARED, AdapterTensors, Container
 from .analysis.dataflow import storage_key
+from .base_names import base_modules, base_parameters
 from .capture.parent_reads import rebind_forwards
 from .capture.skeleton import copy_skeleton
 from .errors import AdapterError, SpecError
-from .graft import ADAPTERS, add_adapter, host, tie
+from .graft import add_adapter, host, tie
 from .graft_plan import Plan, declare, plan
 from .grafted_class import BASE, plain_view, restore_class
 from .method import Decl, Declaration, InitContext, Method
@@ -22,23 +24,11 @@ from .modules.bias_slot import bias_slot
 from .modules.foreign_tuners import check_no_tuners
 from .modules.save_hook import take_over_saving
 from .modules.shards import check_unsharded
+from .modules.wrappers import M, unwrap
 from .sites import Site
 from .spec import Spec
-from .state import (
-    SHARED,
-    STATE,
-    AdapterRecord,
-    AdapterTensors,
-    Container,
-    Group,
-    M,
-    ModelState,
-    base_modules,
-    base_parameters,
-    grafted_modules,
-    unwrap,
-)
-from .switch import _owners, set_active
+from .state import STATE, AdapterRecord, Group, ModelState, grafted_modules
+from .switch import set_active
 from .targets import Resolution, check_name, resolve
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -109,7 +99,7 @@ def graft_adapter(
         tie(modules[tied.path], name, tied.attribute, copies[tied.trained], tied.name)
     state.adapters[name] = AdapterRecord(spec, groups, resolution.train, ties=resolution.ties)
     set_active(adapted, [name])
-    rebind_forwards(adapted, (modules[path] for path in _owners(state.adapters[name])))
+    rebind_forwards(adapted, (modules[path] for path in state.adapters[name].owners))
     take_over_saving(adapted)
     return adapted
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from .adapter_tensors import AdapterTensors
 from .analysis.dataflow import tied_names
 from .emitter import PROVENANCE
 from .errors import listing
+from .modules.wrappers import unwrap
 from .program import PassResult
-from .state import AdapterRecord, AdapterTensors, grafted_modules, state_of, unwrap
+from .state import AdapterRecord, grafted_modules, state_of
 from .tensors import adapter_modules, trained_modules
 
 

@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapter_tensors import ADAPTERS, TIED, AdapterTensors, Container, adapter_child
+from .base_names import lookup
 from .calls.disabled import Switch
 from .emitter import SLOT, WEIGHT
 from .errors import AdapterError
 from .grafted_class import BASE, FOLLOWS, HOSTED, SWITCH, class_for, follow_class, is_hooked
-from .state import ADAPTERS, TIED, AdapterTensors, Container, lookup
 
 
 def site_tensors(owner: nn.Module, adapter: str) -> list[AdapterTensors]:
     """The tensors of one adapter in one owner, a module per site."""
-    container = owner._modules[ADAPTERS]._modules[adapter]  # type: ignore[index, union-attr]
-    inner: list[AdapterTensors] = list(container._modules.values())  # type: ignore[union-attr, arg-type]
-    return [container, *inner] if isinstance(container, AdapterTensors) else inner
+    container = adapter_child(owner, adapter)
+    places = [] if container is None else [container, *container._modules.values()]
+    return [held for held in places if isinstance(held, AdapterTensors)]
 
 
 def add_adapter(owner: nn.Module, name: str, child: nn.Module, key: str = "") -> None:
@@ -102,11 +103,10 @@ def planned(owner: nn.Module, names: Mapping[str, float], switch: Switch) -> Cha
     Raises:
         CaptureError: the class that computes them cannot be built.
     """
-    adapters = owner._modules.get(ADAPTERS)
     slots: list[Any] = []
     weights: dict[int, torch.Tensor] = {}
     for name, weight in names.items():
-        child = adapters._modules.get(name) if adapters is not None else None
+        child = adapter_child(owner, name)
         added: list[Any] = _own_sites(owner, name) if isinstance(child, Container) else [] if child is None else [child]
         for within in owner.__dict__.get(HOSTED, {}).get(name, ()):
             below = site_tensors(lookup(owner, within), name)

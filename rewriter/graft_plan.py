@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .graft import ADAPTERS
+from .adapter_tensors import ADAPTERS
 from .grafted_class import plain_view
 from .method import Declaration
 from .sites import Site

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .adapter_tensors import ADAPTERS, TIED, AdapterTensors, Container
+from .base_names import lookup
 from .calls.disabled import Switch
 from .capture.observation import is_bookkeeping
 from .capture.trace import trace
@@ -25,7 +27,6 @@ from .grafted_graph import graft_graph
 from .modules.missing_values import keeps_values
 from .modules.trained_copy import followed, only_off, plain, retrained
 from .sites import Site
-from .state import ADAPTERS, TIED, AdapterTensors, Container, lookup
 
 HOOKED = "_old_forward"  # plain attribute where accelerate keeps the forward that its hook on a module calls
 HOSTED = "fxgraft_hosted"  # plain attribute of a host: adapter -> the owners below whose products it computes

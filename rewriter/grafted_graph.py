@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
+from .analysis.linear_products import find_linears
 from .emitter import Emitter
 from .errors import CaptureError
 from .method import Method
-from .sites import NoMatch, Site, find_linears
+from .sites import NoMatch, Site
 
 
 def graft_graph(

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_tensors import AdapterTensors
 from .errors import AdapterError, listing
 from .method import InitContext
 from .modules.missing_values import missing, settle
-from .state import AdapterTensors, Group, M, grafted_modules, record_of, state_of, unwrap
+from .modules.wrappers import M, unwrap
+from .state import Group, grafted_modules, record_of, state_of
 from .tensors import adapter_modules, trained_modules
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from .analysis.dataflow import tied_names
-from .state import base_modules, unwrap
+from .base_names import base_modules
+from .modules.wrappers import unwrap
 
 #: last path components that name an output head in models that do not declare one
 HEAD_NAMES = frozenset(

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from .base_names import base_modules
 from .errors import AdapterError, listing
-from .state import base_modules, state_of, unwrap
+from .modules.wrappers import unwrap
+from .state import state_of
 from .tensors import adapter_modules, trained_modules
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from .create import graft_adapter
 from .errors import AdapterError
 from .exported_program import rewrite_exported
+from .modules.wrappers import unwrap
 from .spec import Spec
-from .state import unwrap
 from .train_targets import warn_untied
 
 T = TypeVar("T")

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
+from .adapter_tensors import TIED, adapter_child
+from .base_names import base_modules
 from .calls.disabled import Switch
-from .calls.sample_rows import UNPROVEN, Rows
 from .errors import AdapterError, listing
 from .method import Method
-from .modules import missing_values
+from .modules.wrappers import unwrap
 from .sites import Site
 from .spec import Spec
 
-M = TypeVar("M", bound=nn.Module)
-
 STATE = "_fxgraft"  # the record, in the root's __dict__
-ADAPTERS = "fxgraft"  # child of every owner: its adapters by name
-TIED = "fxgraft_tied"  # plain attribute: adapter -> parameter -> (module of a trained copy, its parameter instead)
-SHARED = "fxgraft_shared"  # child of the root: tensors that sites share
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,12 @@ class AdapterRecord:
     def sites(self) -> tuple[Site, ...]:
         return tuple(site for group in self.groups for site in group.sites)
 
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Paths of the modules whose class the adapter changes."""
+        paths = [path for site in self.sites for path in (site.owner, site.computed)]
+        return tuple(dict.fromkeys([*paths, *self.train, *(tied.path for tied in self.ties)]))
+
 
 @dataclass
 class ModelState:
@@ -88,88 +90,6 @@ class ModelState:
     frozen: dict[str, frozenset[str]] = field(default_factory=dict)
     switch: Switch = field(default_factory=Switch)
     proved: set[str] = field(default_factory=set)
-
-
-class Container(nn.Module):
-    """A named place for adapter tensors; it computes nothing."""
-
-    def forward(self, x: Any) -> Any:
-        """The input: a root or a trained head that is an `nn.Sequential` calls every child it has."""
-        return x
-
-
-class AdapterTensors(Container):
-    """The tensors of one adapter at one site, or the shared tensors of one group (then `site` is None).
-
-    `shared` points at the module that owns the group's shared tensors. It is a plain attribute, not a submodule, so
-    those tensors are registered once; they are looked up through it at every call, so whoever replaces a parameter on
-    its owner (FSDP2, `functional_call`) is obeyed.
-    """
-
-    def __init__(self, method: Method, site: Site | None, shared: AdapterTensors | None) -> None:
-        super().__init__()
-        self.method = method
-        self.site = site
-        self.rows: Rows = UNPROVEN  # a site of a bank: how the samples of a batch lie in its input
-        self.__dict__["shared"] = shared
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return missing_values.apply(self, fn, lambda: super(AdapterTensors, self)._apply(fn, recurse))
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        missing_values.settle(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        missing_values.restore(self)
-
-    def tensors(self) -> dict[str, Any]:
-        """Every tensor by name, derived ones included."""
-        return {**self._parameters, **self._buffers}
-
-    def shared_tensors(self) -> dict[str, Any]:
-        """What this site sees of the tensors it shares with the others of its group; empty where there are none."""
-        shared = self.__dict__["shared"]
-        if shared is None:
-            return {}
-        tensors = shared.tensors()
-        return dict(self.method.seen_by(self.site, tensors)) if self.site is not None else tensors
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in self.tensors().items())
-
-
-#: (package, class) of a wrapper -> the child that it calls. By class: a model of one's own may call a child `module`.
-_WRAPPERS = {
-    ("torch", "OptimizedModule"): "_orig_mod",
-    ("torch", "ActivationWrapper"): "_checkpoint_wrapped_module",
-    ("torch", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
-    ("torch", "DistributedDataParallel"): "module",
-    ("torch", "DataParallel"): "module",
-    ("torch", "AveragedModel"): "module",
-    ("deepspeed", "DeepSpeedEngine"): "module",
-    ("lightning", "_FabricModule"): "_forward_module",
-    ("lightning_fabric", "_FabricModule"): "_forward_module",
-}
-_WRAPPED = frozenset(_WRAPPERS.values())
-
-
-def unwrap(model: M) -> M:
-    """The module inside wrappers, in any order: `torch.compile`, activation checkpointing, data parallel, FSDP."""
-    while not _WRAPPED.isdisjoint(model._modules):
-        kinds = ((cls.__module__.partition(".")[0], cls.__name__) for cls in type(model).__mro__)
-        child = next((_WRAPPERS[kind] for kind in kinds if kind in _WRAPPERS), None)
-        inner = model._modules.get(child) if child is not None else None
-        if inner is None:
-            break
-        model = inner  # type: ignore[assignment]
-    return model
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is `torch.compile`'s wrapper around another."""
-    return _WRAPPERS.get((type(module).__module__.partition(".")[0], type(module).__name__)) == "_orig_mod"
 
 
 def find_state(model: nn.Module) -> ModelState | None:
@@ -194,57 +114,6 @@ def record_of(model: nn.Module, name: str) -> AdapterRecord:
     return state.adapters[name]
 
 
-def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` of the model without the adapters grafted into it; wrappers give what is inside, and no name.
-
-    Args:
-        every_name: list a module that stands at several places under each of its names.
-    """
-    seen: set[int] = set()
-
-    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        module = unwrap(module)
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        yield prefix, module
-        for name, child in module._modules.items():
-            if child is not None and not isinstance(child, Container):
-                yield from walk(f"{prefix}.{name}" if prefix else name, child)
-        if every_name:
-            seen.discard(id(module))
-
-    return walk("", model)
-
-
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every base parameter under each of its names, in names without wrappers."""
-    for path, module in base_modules(model, every_name=True):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield (f"{path}.{name}" if path else name), parameter
-
-
-def lookup(model: nn.Module, path: str) -> nn.Module:
-    """The module of a name without wrappers. Raises `AdapterError` where there is none."""
-    module = unwrap(model)
-    for part in path.split(".") if path else ():
-        child = module._modules.get(part)
-        if child is None:
-            raise AdapterError(f"this {type(unwrap(model)).__name__} has no module {path!r}: {part!r} is not there")
-        module = unwrap(child)
-    return module
-
-
-def strip_wrappers(model: M) -> M:
-    """Take the wrappers of children out of a model, in place: what is merged or exported has none."""
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is not None and (inner := unwrap(child)) is not child:
-                module._modules[name] = inner
-    return model
-
-
 def forget_lost(model: nn.Module, name: str) -> AdapterRecord:
     """The record of an adapter, brought down to what is still where it was grafted."""
     state, record = state_of(model), record_of(model, name)
@@ -262,8 +131,7 @@ def _lost(record: AdapterRecord, name: str, modules: Mapping[str, nn.Module]) ->
     """Sites and trained modules of an adapter that are no longer where they were grafted."""
 
     def grafted(path: str) -> bool:
-        adapters = modules[path]._modules.get(ADAPTERS) if path in modules else None
-        return adapters is not None and name in adapters._modules
+        return path in modules and adapter_child(modules[path], name) is not None
 
     lost = [site.name for site in record.sites if not grafted(site.owner)]
     lost += [path for path in record.train if not grafted(path)]

@@ -10,30 +10,20 @@ import torch
 from torch import nn
 
 from .active_adapters import check_together, chosen_weights
+from .adapter_tensors import ADAPTERS, SHARED, TIED
+from .base_names import base_parameters
 from .calls.disabled import turned_off
 from .calls.forward_inputs import GUARD, release_inputs, take_inputs
 from .capture.skeleton import copy_skeleton
 from .errors import AdapterError
-from .graft import ADAPTERS, check_forward, drop_adapter, planned
+from .graft import check_forward, drop_adapter, planned
 from .grafted_class import HOSTED, restore_class
 from .modules.compiled_parts import tell_from_compiled
 from .modules.fast_paths import set_fast_paths
 from .modules.save_hook import release_saving
 from .modules.unreached_sites import watch
-from .state import (
-    SHARED,
-    STATE,
-    TIED,
-    AdapterRecord,
-    M,
-    ModelState,
-    base_parameters,
-    find_state,
-    forget_lost,
-    grafted_modules,
-    state_of,
-    unwrap,
-)
+from .modules.wrappers import M, unwrap
+from .state import STATE, ModelState, find_state, forget_lost, grafted_modules, state_of
 from .tensors import adapter_parameters
 
 _switching = threading.RLock()
@@ -82,7 +72,7 @@ def set_active(
 def _apply_active(root: nn.Module, state: ModelState, weights: Mapping[str, float]) -> None:
     modules = grafted_modules(root)
     with _switching:
-        owners = dict.fromkeys(p for record in state.adapters.values() for p in _owners(record))
+        owners = dict.fromkeys(p for record in state.adapters.values() for p in record.owners)
         for path in owners:
             check_forward(modules[path], path)
         changes = [planned(modules[path], weights, state.switch) for path in owners]
@@ -94,7 +84,7 @@ def _apply_active(root: nn.Module, state: ModelState, weights: Mapping[str, floa
             if (name in state.active) != (name in weights):
                 parameters = adapter_parameters(root, name, record, modules)
                 _switch_gradients(state, name, parameters, name in weights)
-        set_fast_paths(modules, [path for name in weights for path in _owners(state.adapters[name])], state.switch)
+        set_fast_paths(modules, [path for name in weights for path in state.adapters[name].owners], state.switch)
         take_inputs(root, (wanted for n in weights for g in state.adapters[n].groups for wanted in g.method.inputs))
         state.active = tuple(weights)
         state.weights = {name: weight for name, weight in weights.items() if weight != 1}
@@ -109,12 +99,6 @@ def _switch_gradients(state: ModelState, name: str, parameters: Mapping[str, nn.
     for key, parameter in parameters.items():
         if not on or key not in kept:
             parameter.requires_grad_(on and parameter.is_floating_point())
-
-
-def _owners(record: AdapterRecord) -> Iterator[str]:
-    yield from dict.fromkeys(path for site in record.sites for path in (site.owner, site.computed))
-    yield from record.train
-    yield from dict.fromkeys(tied.path for tied in record.ties)
 
 
 @contextlib.contextmanager
@@ -149,7 +133,7 @@ def remove(model: nn.Module, name: str) -> None:
     modules = grafted_modules(root)
     if any(group.method.inputs for group in record.groups):
         root.__dict__.pop(GUARD, None)
-    for path in _owners(record):
+    for path in record.owners:
         drop_adapter(modules[path], name)
         if ADAPTERS not in modules[path]._modules and modules[path].__dict__.keys().isdisjoint((TIED, HOSTED)):
             restore_class(modules[path])

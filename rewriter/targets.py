@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .base_names import base_modules
 from .errors import AdapterError, TargetError, listing
 from .grafted_class import base_class
 from .method import Method
@@ -17,7 +18,7 @@ from .output_heads import output_heads
 from .patterns import inside, is_name, matches, no_match
 from .sites import NoMatch, Site
 from .spec import ALL_LINEAR, Spec, Target
-from .state import Tie, base_modules, find_state
+from .state import Tie, find_state
 from .train_targets import check_ties, modules_to_train, ties_of
 from .weight_products import Candidate, candidates_of, product_with, sites_of
 

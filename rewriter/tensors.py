@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_state import AdapterState, check_same_function, methods_of
+from .adapter_tensors import SHARED, AdapterTensors, adapter_child
 from .errors import AdapterError, listing, near_misses
-from .graft import ADAPTERS, site_tensors
+from .graft import site_tensors
 from .graft_plan import Shape
 from .modules import missing_values
 from .modules.shards import full, put, reshard
-from .state import SHARED, AdapterRecord, AdapterTensors, grafted_modules, record_of, state_of, unwrap
+from .modules.wrappers import unwrap
+from .state import AdapterRecord, grafted_modules, record_of, state_of
 
 
 def _shared_of(root: nn.Module, name: str) -> dict[str, AdapterTensors]:
@@ -23,9 +25,8 @@ def _shared_of(root: nn.Module, name: str) -> dict[str, AdapterTensors]:
     child = container._modules.get(name) if container is not None else None
     if child is None:
         return {}
-    found = {"": child} if isinstance(child, AdapterTensors) else {}
-    found.update({k: m for k, m in child._modules.items() if isinstance(m, AdapterTensors)})  # type: ignore[misc]
-    return found  # type: ignore[return-value]
+    places = {"": child, **child._modules}
+    return {key: held for key, held in places.items() if isinstance(held, AdapterTensors)}
 
 
 def adapter_modules(
@@ -35,10 +36,11 @@ def adapter_modules(
     modules = grafted_modules(root) if modules is None else modules
     for key, shared in _shared_of(root, name).items():
         yield (f"{key}." if key else ""), shared
-    position = {site.name: i for i, site in enumerate(record.sites)}
-    for owner in dict.fromkeys(site.owner for site in record.sites):
-        for tensors in sorted(site_tensors(modules[owner], name), key=lambda t: position[t.site.name]):  # type: ignore[union-attr]
-            yield f"{tensors.site.name}.".lstrip("."), tensors  # type: ignore[union-attr]
+    owners = dict.fromkeys(site.owner for site in record.sites)
+    at = {t.site.name: t for owner in owners for t in site_tensors(modules[owner], name) if t.site is not None}
+    for owner in owners:
+        for site in (site for site in record.sites if site.owner == owner):
+            yield f"{site.name}.".lstrip("."), at[site.name]
 
 
 def trained_modules(
@@ -46,7 +48,8 @@ def trained_modules(
 ) -> dict[str, nn.Module]:
     """The adapter's own copies of the modules it trains, by path."""
     modules = grafted_modules(root) if modules is None else modules
-    return {path: modules[path]._modules[ADAPTERS]._modules[name] for path in record.train}  # type: ignore[union-attr, misc, index]
+    copies = {path: adapter_child(modules[path], name) for path in record.train}
+    return {path: copy for path, copy in copies.items() if copy is not None}
 
 
 def adapter_parameters(
@@ -61,7 +64,7 @@ def adapter_parameters(
     return found
 
 
-def _live_state(root: nn.Module, name: str) -> dict[str, Tensor]:
+def live_state(root: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors themselves: trainable, frozen and the trained modules' whole state; nothing derived."""
     reshard(root)
     record = record_of(root, name)
@@ -83,7 +86,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
     process gets whole tensors, and every process has to call this.
     """
     root = unwrap(model)
-    tensors = {key: full(tensor.detach()) for key, tensor in _live_state(root, name).items()}
+    tensors = {key: full(tensor.detach()) for key, tensor in live_state(root, name).items()}
     return AdapterState(tensors, methods_of(record_of(root, name)))
 
 
@@ -141,7 +144,7 @@ def widened_like(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) ->
 
 def write_state(root: nn.Module, name: str, given: Mapping[str, Tensor]) -> None:
     """Copy checked values into an adapter's tensors, in place. What is tied can take one value only."""
-    live = _live_state(root, name)
+    live = live_state(root, name)
     first: dict[int, str] = {}
     for key, slot in live.items():
         other = first.setdefault(id(slot), key)
@@ -175,5 +178,5 @@ def swap(model: nn.Module, state: Mapping[str, Tensor] | nn.Module, name: str = 
         raise AdapterError(f"{what} is a {type(state).__name__}; give adapter_state(...) or a model")
     check_same_function(methods_of(record), state, what)
     state = {key: full(t) if isinstance(t, Tensor) else t for key, t in state.items()}
-    check_state(_live_state(root, name), state, what)
+    check_state(live_state(root, name), state, what)
     write_state(root, name, state)

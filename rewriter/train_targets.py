@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from .analysis.dataflow import tied_names
+from .base_names import base_modules, base_parameters
 from .errors import TargetError, listing
 from .patterns import inside, matches, no_match
 from .sites import Site
 from .spec import Spec
-from .state import Tie, base_modules, base_parameters
+from .state import Tie
 
 
 def modules_to_train(spec: Spec, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:

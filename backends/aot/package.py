@@ -22,7 +22,8 @@ from ...passes.graph import pipelines
 from ...rewriter.capture.skeleton import copy_skeleton
 from ...rewriter.errors import AdapterError, ExportError, listing
 from ...rewriter.exported_program import capture
-from ...rewriter.state import find_state, record_of, strip_wrappers, unwrap
+from ...rewriter.modules.wrappers import strip_wrappers, unwrap
+from ...rewriter.state import find_state, record_of
 from ...rewriter.switch import active, set_active
 from ...rewriter.tensors import adapter_state
 from ..artifact.parity import tolerance_of

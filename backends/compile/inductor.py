@@ -19,8 +19,8 @@ from ...passes.graph.pipelines import pipeline_for
 from ...rewriter.errors import FxgraftError
 from ...rewriter.explain import COMPILED, CompileNote, note_of
 from ...rewriter.modules.unreached_sites import check_graph
+from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.program import Pipeline, Program
-from ...rewriter.state import M, unwrap
 from .gather_apart import GatherApart
 from .kernel_preference import KernelPreference, check, plan, preference
 

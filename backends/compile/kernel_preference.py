@@ -10,8 +10,8 @@ from torch import nn
 from ...rewriter.dialect import is_dialect
 from ...rewriter.errors import FxgraftError
 from ...rewriter.grafted_class import Grafted
+from ...rewriter.modules.wrappers import unwrap
 from ...rewriter.program import Pipeline, Program
-from ...rewriter.state import unwrap
 
 
 class KernelPreference(enum.StrEnum):

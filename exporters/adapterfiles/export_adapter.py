@@ -13,7 +13,8 @@ from ...backends.artifact.staging import staged
 from ...passes.models.factors import trained
 from ...passes.models.opened import form_values, whole_weights
 from ...rewriter.errors import ExportError
-from ...rewriter.state import record_of, unwrap
+from ...rewriter.modules.wrappers import unwrap
+from ...rewriter.state import record_of
 from ...rewriter.switch import base_of
 from . import graph_manifest as manifest
 from .adapter_format import EXPANDED, STRUCTURED, AdapterFile, leave_frozen, read_adapter, write_file

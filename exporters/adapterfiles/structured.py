@@ -22,8 +22,9 @@ from ...passes.models.factors import compute_dtype, trained
 from ...passes.models.opened import read_form
 from ...rewriter.errors import CheckpointError, MergeError, SpecError, listing
 from ...rewriter.method import Decl, Declaration, Method, Tensors, method_from_dict
+from ...rewriter.modules.wrappers import unwrap
 from ...rewriter.sites import Site
-from ...rewriter.state import record_of, unwrap
+from ...rewriter.state import record_of
 from ...rewriter.tensors import adapter_modules, trained_modules
 from .adapter_inputs import at_site
 

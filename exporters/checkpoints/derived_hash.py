@@ -7,7 +7,8 @@ import hashlib
 from torch import nn
 
 from ...rewriter.errors import CheckpointError
-from ...rewriter.state import record_of, unwrap
+from ...rewriter.modules.wrappers import unwrap
+from ...rewriter.state import record_of
 from ...rewriter.tensors import adapter_modules
 from .folder_files import Stored, update_hash
 

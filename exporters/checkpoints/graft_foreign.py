@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from ...rewriter.analysis.dataflow import tied_names
+from ...rewriter.base_names import base_modules
 from ...rewriter.errors import CheckpointError, listing, near_misses
 from ...rewriter.graft_plan import Plan
 from ...rewriter.method import Method
+from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.patterns import exactly, matches
 from ...rewriter.spec import Spec
-from ...rewriter.state import M, base_modules, unwrap
 from .foreign.foreign_folder import ForeignAdapter, in_model_order
 from .graft_values import filled
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, CheckpointError, SpecError, TargetError
 from ...rewriter.graft_plan import Plan
+from ...rewriter.modules.wrappers import M
 from ...rewriter.spec import Spec
-from ...rewriter.state import M, record_of
+from ...rewriter.state import record_of
 from ...rewriter.tensors import adapter_state, check_shapes, check_state, write_state
 
 _DERIVED_FREE = 1 << 24  # elements that cost nobody anything

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...passes.models.bank_sources import register_folder_opener
 from ...rewriter.errors import CheckpointError, SpecError, listing
-from ...rewriter.state import M
+from ...rewriter.modules.wrappers import M
 from .derived_hash import check_derived
 from .folder_files import WEIGHTS, check_config_is_theirs, read_folder
 from .foreign.foreign_folder import ForeignFolder

@@ -21,10 +21,11 @@ from ...rewriter.errors import CheckpointError, SpecError, listing
 from ...rewriter.graft_plan import Plan
 from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first
+from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.patterns import matches
 from ...rewriter.spec import Spec
-from ...rewriter.state import M, record_of, unwrap
-from ...rewriter.tensors import _live_state
+from ...rewriter.state import record_of
+from ...rewriter.tensors import live_state
 from .derived_hash import IN_CONFIG, check_derived, derived_hash
 from .folder_files import CONFIG, WEIGHTS, Stored, check_config_is_theirs, read_folder, writable, write_folder
 from .graft_values import filled
@@ -52,7 +53,7 @@ def save_own(
     """
     root = unwrap(adapted)
     record = record_of(root, name)
-    live, values = _live_state(root, name), values or {}
+    live, values = live_state(root, name), values or {}
     tensors = {k: values[k] if k in values else full(t.detach()) for k, t in live.items()}
     tensors = writable(tensors, name)
     try:

@@ -11,10 +11,12 @@ from typing import Any, Literal
 from torch import nn
 
 from ...passes.models.factors import trained
+from ...rewriter.base_names import lookup
 from ...rewriter.errors import CheckpointError, listing
 from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first, reshard
-from ...rewriter.state import AdapterRecord, grafted_modules, lookup, record_of, unwrap
+from ...rewriter.modules.wrappers import unwrap
+from ...rewriter.state import AdapterRecord, grafted_modules, record_of
 from ...rewriter.tensors import adapter_modules
 from .derived_hash import IN_METADATA, derived_hash
 from .folder_files import writable, write_folder

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ...rewriter.base_names import base_modules
 from ...rewriter.errors import CheckpointError, listing
 from ...rewriter.modules.save_hook import SAVE, is_adapter_key, register_writers
 from ...rewriter.modules.shards import full, is_sharded, on_first
-from ...rewriter.state import base_modules, state_of
-from ...rewriter.tensors import _live_state
+from ...rewriter.state import state_of
+from ...rewriter.tensors import live_state
 from .own_format import save_own
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)\b.*\.(safetensors|bin|index\.json)")
@@ -93,7 +94,7 @@ def save_inner(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs:
 def trained_state(root: nn.Module) -> dict[str, Tensor]:
     """What a training changes, by state-dict key: the adapters with their trained modules, running statistics of
     normalisation layers, and whatever else of the base requires grad."""
-    wanted = {id(t) for name in state_of(root).adapters for t in _live_state(root, name).values()}
+    wanted = {id(t) for name in state_of(root).adapters for t in live_state(root, name).values()}
     wanted.update(id(p) for p in root.parameters() if p.requires_grad)
     for _, module in base_modules(root):
         if isinstance(module, _NormBase):
@@ -114,7 +115,7 @@ def _save_adapters(root: nn.Module, directory: Path, values: Mapping[str, Tensor
     keys = {id(t): key for key, t in root.state_dict(keep_vars=True).items()} if values else {}
     kept: set[int] = set()
     for name in state_of(root).adapters:
-        live = _live_state(root, name)
+        live = live_state(root, name)
         kept.update(map(id, live.values()))
         given = {n: values[keys[id(t)]] for n, t in live.items() if keys.get(id(t)) in values}
         save_own(root, directory / name, name, given)

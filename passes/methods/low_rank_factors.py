@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.errors import MergeError
-from ...rewriter.state import AdapterRecord, record_of, unwrap
+from ...rewriter.modules.wrappers import unwrap
+from ...rewriter.state import AdapterRecord, record_of
 from ...rewriter.tensors import adapter_modules
 
 

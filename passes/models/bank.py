@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...rewriter.adapter_tensors import AdapterTensors
+from ...rewriter.base_names import lookup
 from ...rewriter.calls.forward_inputs import GUARD, first_tensor
 from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.forms import Form, forms_of, put_entry
 from ...rewriter.method import ADAPTER_IDS
+from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.patterns import exactly
 from ...rewriter.spec import Spec
-from ...rewriter.state import AdapterTensors, M, find_state, lookup, record_of, unwrap
+from ...rewriter.state import find_state, record_of
 from ...rewriter.switch import active, base_of
 from ...rewriter.tensors import adapter_modules
 from ..methods.dense_form import Dense

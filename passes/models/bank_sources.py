@@ -13,13 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...rewriter.adapter_state import AdapterState
+from ...rewriter.adapter_tensors import AdapterTensors
+from ...rewriter.base_names import base_modules
 from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, TargetError, listing
 from ...rewriter.method import Method
+from ...rewriter.modules.wrappers import unwrap
 from ...rewriter.patterns import exactly
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
-from ...rewriter.state import AdapterTensors, base_modules, record_of, unwrap
+from ...rewriter.state import record_of
 from ...rewriter.switch import active, active_weights
 from ...rewriter.tensors import adapter_modules, check_state, trained_modules, widened_like, write_state
 from ...rewriter.tensors import adapter_state as state_of_adapter

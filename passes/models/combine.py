@@ -18,8 +18,9 @@ from torch import Tensor
 from ...rewriter.active_adapters import check_together, chosen_weights
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.grafted_class import plain_view
+from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.sites import Site
-from ...rewriter.state import M, grafted_modules, record_of, state_of, unwrap
+from ...rewriter.state import grafted_modules, record_of, state_of
 from ...rewriter.switch import set_active
 from ...rewriter.tensors import adapter_modules, trained_modules
 from ..methods.low_rank_factors import low_rank, widened

@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...rewriter.base_names import lookup
 from ...rewriter.create import graft_adapter
+from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.patterns import exactly
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
-from ...rewriter.state import M, lookup, record_of, unwrap
+from ...rewriter.state import record_of
 from ...rewriter.switch import base_of
 from ...rewriter.tensors import adapter_modules, trained_modules
 from ..methods.lora import LoRA

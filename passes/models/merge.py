@@ -18,22 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.active_adapters import check_together, chosen_weights
+from ...rewriter.adapter_tensors import AdapterTensors
 from ...rewriter.analysis.dataflow import tied_names
+from ...rewriter.base_names import base_modules, lookup
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.grafted_class import plain_view
 from ...rewriter.modules.bias_slot import bias_slot
-from ...rewriter.state import (
-    AdapterTensors,
-    M,
-    Tie,
-    base_modules,
-    grafted_modules,
-    lookup,
-    record_of,
-    state_of,
-    strip_wrappers,
-    unwrap,
-)
+from ...rewriter.modules.wrappers import M, strip_wrappers, unwrap
+from ...rewriter.state import Tie, grafted_modules, record_of, state_of
 from ...rewriter.switch import active_weights, base_of
 from ...rewriter.tensors import adapter_modules, trained_modules
 

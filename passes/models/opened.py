@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ...rewriter.adapter_tensors import AdapterTensors
+from ...rewriter.base_names import base_modules, lookup
 from ...rewriter.create import graft_adapter
 from ...rewriter.errors import MergeError
 from ...rewriter.forms import Form, form_of
 from ...rewriter.method import Method, Tensors
+from ...rewriter.modules.wrappers import strip_wrappers, unwrap
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec
-from ...rewriter.state import AdapterTensors, base_modules, find_state, lookup, record_of, strip_wrappers, unwrap
+from ...rewriter.state import find_state, record_of
 from ...rewriter.switch import base_of
 from ...rewriter.tensors import adapter_modules, trained_modules
 from ..methods.dense_form import Dense

@@ -9,8 +9,8 @@ import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
+from ..base_names import base_parameters
 from ..sites import NoMatch
-from ..state import base_parameters
 
 
 def storage_key(tensor: Tensor) -> tuple[object, ...]:

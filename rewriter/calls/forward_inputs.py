@@ -3,7 +3,7 @@
     model(input_ids)  ->  model(input_ids, adapter_ids=ids)
 
 The root gets a generated subclass of its class whose forward puts the values where the sites find them, among those of
-the call (`percall`), and takes them away afterwards. A compiler or exporter sees ordinary inputs.
+the call (`call_values.py`), and takes them away afterwards. A compiler or exporter sees ordinary inputs.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..adapter_tensors import Container
 from ..errors import CaptureError
-from ..state import Container
 from .reads import MISSING, Read
 from .value_keys import Opaque, Same, freeze, is_comparable, is_fixed, is_plain
 

@@ -17,12 +17,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..adapter_tensors import Container
+from ..analysis.linear_products import LinearNode, find_linears
 from ..analysis.memory import erase_unread
 from ..calls.disabled import is_off
 from ..errors import CaptureError
 from ..grafted_class import BASE, Grafted, plain_view, renew_class
-from ..sites import LinearNode, NoMatch, find_linears
-from ..state import STATE, Container
+from ..sites import NoMatch
+from ..state import STATE
 from .skeleton import copy_skeleton
 
 

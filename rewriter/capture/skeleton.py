@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter_tensors import Container
 from ..errors import CaptureError
-from ..state import Container, M, strip_wrappers, unwrap
+from ..modules.wrappers import M, strip_wrappers, unwrap
 from .source_writes import written
 
 #: buffers up to this many bytes are copied without asking who writes them

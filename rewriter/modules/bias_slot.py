@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..analysis.linear_products import find_linears
 from ..capture.trace import trace
 from ..errors import CaptureError
 from ..grafted_class import plain_view
-from ..sites import NoMatch, Site, find_linears
+from ..sites import NoMatch, Site
 
 
 def bias_slot(owner: nn.Module, site: Site) -> str | None:

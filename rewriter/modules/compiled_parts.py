@@ -9,7 +9,7 @@ from torch import nn
 
 from ..calls.disabled import tell_recomputations
 from ..capture.captured import captured
-from ..state import is_compiled
+from .wrappers import is_compiled
 
 
 def compiled_parts(root: nn.Module) -> Iterator[nn.Module]:

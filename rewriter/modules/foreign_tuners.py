@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..base_names import base_modules
 from ..errors import AdapterError, listing
-from ..state import base_modules
 
 #: packages whose layers wrap or hold adapters
 _LIBRARIES = ("peft", "loralib", "adapters", "torchtune.modules.peft", "nemo.collections.nlp.modules.common.megatron")

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..adapter_tensors import ADAPTERS, SHARED
+from ..base_names import base_modules
 from ..errors import AdapterError, listing
-from ..state import ADAPTERS, SHARED, base_modules
 
 SAVE = "save_pretrained"
 Writer = Callable[..., Any]

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ..adapter_tensors import Container
 from ..calls.disabled import base_forward, is_off
-from ..state import Container
 
 #: how a parent reads lists and dictionaries of modules and parameters, and an `nn.Sequential`
 _CONTAINER_READS = ("__getitem__", "__iter__", "__len__", "__contains__", "__reversed__", "keys", "values", "items")

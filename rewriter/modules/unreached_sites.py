@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..adapter_tensors import ADAPTERS, adapter_child
 from ..analysis.dataflow import tied_names
 from ..calls.disabled import nothing
 from ..capture.captured import captured
 from ..errors import AdapterError, listing
 from ..graft import site_tensors
-from ..state import ADAPTERS, STATE, ModelState, grafted_modules
+from ..state import STATE, ModelState, grafted_modules
 from .base_reads import Place, PlaceMemory, Reads
 from .compiled_parts import compiled_parts
 
@@ -67,13 +68,14 @@ def _places(root: nn.Module, state: ModelState, names: Iterable[str]) -> list[Pl
                     found.append(Place(site.name, name, id(modules[path]), base, own, looked_up=bool(others)))
         followed = {tie.full for tie in record.ties}
         for path in record.train if state.weights.get(name, 1) == 1 else ():
-            copied = modules[path]._modules[ADAPTERS]._modules[name]  # type: ignore[union-attr]
+            copied = adapter_child(modules[path], name)
+            assert copied is not None
             base = []
             for n, parameter in modules[path].named_parameters():
                 within = {f"{path}.{n}", *followed}
                 if f".{ADAPTERS}." not in f".{n}" and ties.get(f"{path}.{n}", within) <= within:
                     base += _plain([parameter])
-            own = _plain(copied.parameters())  # type: ignore[union-attr]
+            own = _plain(copied.parameters())
             if base and own:
                 found.append(Place(path, name, id(modules[path]), base, own, trained=True))
     return found

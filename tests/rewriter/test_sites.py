@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxgraft.rewriter.analysis.linear_products import find_linears
 from fxgraft.rewriter.capture.trace import trace
 from fxgraft.rewriter.errors import CaptureError
-from fxgraft.rewriter.sites import NoMatch, find_linears
+from fxgraft.rewriter.sites import NoMatch
 
 
 class Spelling(nn.Module):

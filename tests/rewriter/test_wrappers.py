@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fxgraft as fg
-from fxgraft.rewriter.state import base_modules, lookup, unwrap
+from fxgraft.rewriter.base_names import base_modules, lookup
+from fxgraft.rewriter.modules.wrappers import unwrap
 
 
 def compiled(module):

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ....rewriter.base_names import base_modules
 from ....rewriter.errors import CheckpointError, listing
 from ....rewriter.method import Method
-from ....rewriter.state import base_modules, unwrap
+from ....rewriter.modules.wrappers import unwrap
 from .peft_targets import is_conv1d
 
 Config = Mapping[str, Any]

@@ -21,9 +21,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ....rewriter.adapter_tensors import AdapterTensors
+from ....rewriter.base_names import lookup
 from ....rewriter.errors import CheckpointError
 from ....rewriter.method import Method
-from ....rewriter.state import AdapterRecord, AdapterTensors, lookup
+from ....rewriter.state import AdapterRecord
 from .foreign_folder import Config, ForeignAdapter, ForeignFolder, Tensors
 from .peft_targets import is_conv1d
 

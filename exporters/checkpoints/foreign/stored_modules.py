@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from ....rewriter.base_names import base_modules
 from ....rewriter.errors import CheckpointError, listing
-from ....rewriter.state import base_modules, unwrap
+from ....rewriter.modules.wrappers import unwrap
 from .foreign_folder import ForeignFolder
 from .peft_targets import names_in, saved_names
 from .plain_keys import PREFIX, WRAPPERS

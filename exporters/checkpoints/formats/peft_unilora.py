@@ -10,8 +10,9 @@ import numpy as np
 from torch import fx
 
 from ....passes.methods.unilora.unilora import UniLoRA, balanced_indices
+from ....rewriter.base_names import base_modules
 from ....rewriter.errors import CheckpointError
-from ....rewriter.state import base_modules, unwrap
+from ....rewriter.modules.wrappers import unwrap
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format, OwnAdapter, Written
 from ..foreign.peft_folder import check_config, check_sites, peft_sites

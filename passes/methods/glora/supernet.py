@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....rewriter.adapter_tensors import AdapterTensors
 from ....rewriter.capture.skeleton import copy_skeleton
 from ....rewriter.create import graft_adapter
 from ....rewriter.errors import AdapterError, SpecError, listing, near_misses
-from ....rewriter.state import AdapterTensors, M, record_of, unwrap
+from ....rewriter.modules.wrappers import M, unwrap
+from ....rewriter.state import record_of
 from ....rewriter.switch import active_weights, remove, set_active
 from ....rewriter.tensors import adapter_modules, adapter_state, swap
 from .glora import GLoRA

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....rewriter.base_names import lookup
 from ....rewriter.capture.outline import outline_linears
 from ....rewriter.errors import SpecError, TargetError, listing
+from ....rewriter.modules.wrappers import unwrap
 from ....rewriter.sites import Site
 from ....rewriter.spec import Spec, Target
-from ....rewriter.state import lookup, unwrap
 from ....rewriter.switch import base_of
 from ....rewriter.targets import resolve
 from .estimate_batches import Forward, Loss, backward, limited

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ....rewriter.base_names import base_modules
 from ....rewriter.errors import SpecError, listing
 from ....rewriter.sites import Site
-from ....rewriter.state import base_modules
 from .lora_sb import pack_signs
 
 Key = tuple[str, str]  # owner path, attribute
