@@ -63,15 +63,19 @@ class Pass(abc.ABC):
     """One step. Subclasses are frozen dataclasses whose fields are their options; they implement `run`.
 
     `in_place` says whether `run` edits the program it is given; other passes get a copy of the graph (tensors shared).
+    `not_in_training` is why the pass leaves programs that train, which it is then not run on.
     """
 
     in_place: ClassVar[bool] = True
+    not_in_training: ClassVar[str | None] = None
 
     @abc.abstractmethod
     def run(self, program: Program) -> PassResult:
         """Look at the program, rewrite it, and say what was done."""
 
     def __call__(self, program: Program) -> PassResult:
+        if program.training and self.not_in_training:
+            return PassResult(program, False, 0, (NoMatch(f"training: {self.not_in_training}"),))
         given = (
             program if self.in_place else dataclasses.replace(program, graph_module=copy_graph(program.graph_module))
         )
@@ -132,3 +136,10 @@ def replace_meta(new: fx.Node, old: fx.Node, made_by: str, reason: str = "") -> 
     """Give a node that stands for another one its metadata and say which pass made it, and why."""
     new.meta.update({k: v for k, v in old.meta.items() if k not in new.meta})
     new.meta[PROVENANCE] = Provenance(made_by, "", "", reason)
+
+
+def put(new: fx.Node, old: fx.Node, made_by: str, reason: str = "") -> None:
+    """A node in the place of another one, which goes: readers and metadata, and which pass made it, and why."""
+    replace_meta(new, old, made_by, reason)
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)

@@ -21,7 +21,7 @@ from torch.amp.autocast_mode import _enter_autocast
 
 from ...rewriter.analysis.memory import Memory
 from ...rewriter.dialect import Halves, cast, is_dialect, reads
-from ...rewriter.program import Pass, PassResult, Program, replace_meta
+from ...rewriter.program import Pass, PassResult, Program, put
 from ...rewriter.sites import NoMatch
 from .cost import accumulate_pays
 from .products import Product, autocast, one_product, rows, split, summed, value
@@ -151,10 +151,9 @@ class Accumulate(Pass):
                 z = x_or_z
             across = graph.call_function(halves.across, arguments)
             new = graph.call_function(onto, (base.x, base.weight, base.bias, z, across, base.transposed))
-        replace_meta(new, node, type(self).__name__)
         memory.stands(new, node)
-        node.replace_all_uses_with(new)
-        for old in (node, delta, base.node):
+        put(new, node, type(self).__name__)
+        for old in (delta, base.node):
             graph.erase_node(old)
         return None
 
@@ -167,7 +166,8 @@ def _down_alone(x: Tensor, factor: Tensor) -> Tensor:
 def _up_half(delta: fx.Node) -> tuple[Halves, fx.Node, tuple[Any, ...]] | None:
     """How a delta splits, what it reads (x, or z behind `Siblings`) and its other arguments."""
     if HALVES in delta.meta:
-        return delta.meta[HALVES], delta.args[0], delta.args[1:]  # type: ignore[return-value]
+        z: Any = delta.args[0]
+        return delta.meta[HALVES], z, delta.args[1:]
     if is_dialect(delta.target):
         parts = split(delta)
         if not isinstance(parts, NoMatch):

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ...rewriter.analysis.memory import Memory
 from ...rewriter.dialect import is_dialect, reads
-from ...rewriter.program import Pass, PassResult, Program, replace_meta
+from ...rewriter.program import Pass, PassResult, Program, put
 from ...rewriter.sites import NoMatch
 from .cost import inline_merge_pays
 from .products import Product, least_dimension, one_product, rows, split, summed, value
@@ -30,8 +30,7 @@ def merged_linear(
 ) -> Tensor:
     """`x (W + across down)^T + bias`: weight `(out, in)`, or `(in, out)` if transposed; down `(r, in)`, across
     `(out, r)`."""
-    if transposed:
-        weight, down, across = weight.t(), down, across
+    weight = weight.t() if transposed else weight
     return F.linear(x, torch.addmm(weight, across.to(weight.dtype), down.to(weight.dtype)), bias)
 
 
@@ -45,9 +44,9 @@ class Choose(Pass):
 
     always: bool = False
 
+    not_in_training = "a merged weight needs a full weight gradient"
+
     def run(self, program: Program) -> PassResult:
-        if program.training:
-            return PassResult(program, False, 0, (NoMatch("training: a merged weight needs a full weight gradient"),))
         count, no_matches = 0, []
         memory = Memory(program.graph)
         for node in list(program.graph.nodes):
@@ -84,9 +83,8 @@ class Choose(Pass):
         with graph.inserting_before(node):
             down, across = graph.call_function(halves.down, arguments), graph.call_function(halves.across, arguments)
             new = graph.call_function(merged_linear, (x, base.weight, base.bias, down, across, base.transposed))
-        replace_meta(new, node, type(self).__name__, verdict.reason)
         memory.stands(new, node)
-        node.replace_all_uses_with(new)
-        for old in (node, delta, base.node):
+        put(new, node, type(self).__name__, verdict.reason)
+        for old in (delta, base.node):
             graph.erase_node(old)
         return None

@@ -11,22 +11,20 @@ otherwise than by a product (HydraLoRA), and weights too narrow to take a delta 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from ...rewriter.analysis.effects import attribute, effect, value
+from ...rewriter.analysis.effects import value
 from ...rewriter.analysis.memory import Memory, erase_unread
 from ...rewriter.dialect import is_dialect, traits_of
-from ...rewriter.patterns import matches
-from ...rewriter.program import Pass, PassResult, Program, replace_meta
+from ...rewriter.program import Pass, PassResult, Program, put
 from ...rewriter.sites import NoMatch
 from ..methods.lora import lora
+from .constants import Constants, by_itself, drop_unused
 from .products import one_product, split, summed
 
 
@@ -93,13 +91,13 @@ class Fold(Pass):
         given, result = value(x), value(node)
         if weight.dtype.itemsize < 4 or any(t is not None and t.dtype != weight.dtype for t in (given, result)):
             return NoMatch(f"a {weight.dtype} weight, or a product in less, would round the delta away", node.name)
-        users = [user for user in node.users if not isinstance(summed(user), NoMatch)]
-        if len(users) == 1 and len(node.users) == 1:
-            product, delta = summed(users[0])  # type: ignore[misc]
+        user = next(iter(node.users), node)
+        if len(node.users) == 1 and not isinstance(found := summed(user), NoMatch):
+            product, delta = found
             total = values.all((product.weight, product.bias), node)
-            refused = one_product(memory, users[0], product, delta, x, ())
+            refused = one_product(memory, user, product, delta, x, ())
             if delta is node and product.x is x and not isinstance(total, NoMatch) and refused is None:
-                base = users[0]
+                base = user
                 with by_itself():
                     weight = weight + (total[0].t() if product.transposed else total[0])
                     bias = bias if total[1] is None else total[1] if bias is None else bias + total[1]
@@ -127,22 +125,8 @@ class Fold(Pass):
                 module.register_buffer(name, tensor.detach().contiguous())
                 reads.append(graph.get_attr(name))
             new = graph.call_function(target, (x, *reads, *rest))
-        replace_meta(new, node, type(self).__name__)
         memory.stands(new, node)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-
-
-@contextlib.contextmanager
-def by_itself() -> Iterator[None]:
-    """Values that are kept: no gradients, and no rounding by an autocast that happens to be on."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+        put(new, node, type(self).__name__)
 
 
 def _widened(known: list[Any], like: Tensor | None) -> list[Any]:
@@ -154,54 +138,3 @@ def _widened(known: list[Any], like: Tensor | None) -> list[Any]:
         return tensor.to(torch.promote_types(tensor.dtype, like.dtype))
 
     return [wide(tensor) for tensor in known]
-
-
-class Constants:
-    """Values of the nodes that depend on nothing but tensors which stay as they are."""
-
-    def __init__(self, module: fx.GraphModule, swappable: tuple[str, ...], memory: Memory) -> None:
-        self.module, self.swappable, self.memory = module, swappable, memory
-        self._known: dict[fx.Node, Tensor | NoMatch] = {}
-
-    def all(self, arguments: tuple[Any, ...], at: fx.Node) -> list[Any] | NoMatch:
-        nodes: list[fx.Node] = []
-        fx.node.map_arg(arguments, nodes.append)
-        for node in nodes:
-            if isinstance(value := self.of(node), NoMatch):
-                return NoMatch(value.reason, at.name)
-        return list(fx.node.map_aggregate(arguments, lambda a: self.of(a) if isinstance(a, fx.Node) else a))  # type: ignore[arg-type]
-
-    def of(self, node: fx.Node) -> Any:
-        if node not in self._known:
-            self._known[node] = self._evaluate(node)
-        return self._known[node]
-
-    def _evaluate(self, node: fx.Node) -> Any:
-        if (written := self.memory.written(node)) is not None:
-            return written
-        if node.op == "get_attr":
-            name = str(node.target)
-            if any(matches(name, pattern) for pattern in self.swappable):
-                return NoMatch(f"{name} is swappable", node.name)
-            return attribute(node)
-        if node.op != "call_function" or not node.all_input_nodes or not effect(node).pure:
-            return NoMatch(f"{node.name} is no constant", node.name)
-        if (switched := self.memory.modes()) is not None:
-            return switched
-        arguments = self.all(node.args, node)
-        if isinstance(arguments, NoMatch) or node.kwargs:
-            return arguments if isinstance(arguments, NoMatch) else NoMatch("keyword arguments", node.name)
-        with by_itself():
-            return node.target(*arguments)  # type: ignore[operator]
-
-
-def drop_unused(module: fx.GraphModule) -> None:
-    """Let go of the tensors nobody reads any more."""
-    read = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
-    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
-        if name in read or any(name.startswith(f"{target}.") for target in read):
-            continue
-        path, _, leaf = name.rpartition(".")
-        owner: nn.Module = module.get_submodule(path)
-        del (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf]
-    module.delete_all_unused_submodules()

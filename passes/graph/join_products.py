@@ -22,10 +22,10 @@ from torch import Tensor, fx
 from ...rewriter.analysis.dataflow import can_fuse, dependencies, siblings
 from ...rewriter.analysis.effects import effect, value
 from ...rewriter.analysis.memory import Memory, erase_unread, together
-from ...rewriter.program import Pass, PassResult, Program, replace_meta
+from ...rewriter.program import Pass, PassResult, Program, put, replace_meta
 from ...rewriter.sites import NoMatch
+from .constants import Constants, drop_unused
 from .cost import joined_product_pays
-from .fold import Constants, drop_unused
 from .products import Product, product, rows
 
 
@@ -42,10 +42,9 @@ class JoinProducts(Pass):
     always: bool = False
 
     in_place = False
+    not_in_training = "the weights may still change"
 
     def run(self, program: Program) -> PassResult:
-        if program.training:
-            return PassResult(program, False, 0, (NoMatch("training: the weights may still change"),))
         graph, memory = program.graph, Memory(program.graph)
         values = Constants(program.graph_module, self.swappable, memory)
         found: dict[fx.Node, tuple[Product, Tensor, Tensor | None]] = {}
@@ -133,9 +132,7 @@ class JoinProducts(Pass):
         for index, node in enumerate(nodes):
             with graph.inserting_before(node):
                 part = graph.call_function(operator.getitem, (parts, index))
-            replace_meta(part, node, type(self).__name__)
-            node.replace_all_uses_with(part)
-            graph.erase_node(node)
+            put(part, node, type(self).__name__)
 
 
 def _needs_its_layout(node: fx.Node, width: int) -> NoMatch | None:

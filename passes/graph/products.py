@@ -111,13 +111,13 @@ def coarse(x: fx.Node, arguments: tuple[Any, ...], node: fx.Node) -> NoMatch | N
     """Whether an adapter's tensors are coarser than its input: factors made of them would round what the operator,
     which casts them first, does not."""
     given = value(x)
-    wide = given is not None and given.dtype.is_floating_point
-    for argument in arguments:
-        tensor = value(argument)
-        if tensor is None or not wide or not tensor.dtype.is_floating_point:
+    if given is None or not given.dtype.is_floating_point:
+        return None
+    for tensor in map(value, arguments):
+        if tensor is None or not tensor.dtype.is_floating_point:
             continue
-        if tensor.dtype.itemsize < given.dtype.itemsize:  # type: ignore[union-attr]
-            return NoMatch(f"{tensor.dtype} factors would be rounded before {given.dtype} sees them", node.name)  # type: ignore[union-attr]
+        if tensor.dtype.itemsize < given.dtype.itemsize:
+            return NoMatch(f"{tensor.dtype} factors would be rounded before {given.dtype} sees them", node.name)
     return None
 
 

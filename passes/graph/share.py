@@ -20,7 +20,7 @@ from torch import fx
 
 from ...rewriter.analysis.memory import Memory, together
 from ...rewriter.dialect import Common, is_dialect, traits_of
-from ...rewriter.program import Pass, PassResult, Program, replace_meta
+from ...rewriter.program import Pass, PassResult, Program, put
 from ...rewriter.sites import NoMatch
 from .siblings import bring, late
 
@@ -73,7 +73,5 @@ class Share(Pass):
             with graph.inserting_before(node):
                 parts = [graph.call_function(operator.getitem, (made, place + i)) for i in range(len(mine))]
                 new = graph.call_function(how.replacement, (node.args[0], *parts))
-            replace_meta(new, node, type(self).__name__)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+            put(new, node, type(self).__name__)
             place += len(mine)

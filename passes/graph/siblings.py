@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ...rewriter.analysis.dataflow import can_fuse, dependencies, siblings
 from ...rewriter.analysis.memory import Memory, together
 from ...rewriter.dialect import Halves, cast, is_dialect, reads
-from ...rewriter.program import Pass, PassResult, Program, replace_meta
+from ...rewriter.program import Pass, PassResult, Program, put
 from ...rewriter.sites import NoMatch
 from .cost import joined_down_pays
 from .products import coarse, least_dimension, rows, split, value
@@ -112,10 +112,8 @@ class Siblings(Pass):
             with graph.inserting_before(node):
                 z = graph.call_function(operator.getitem, (joined, list(downs).index(_read(*found[node]))))
                 new = graph.call_function(halves.up, (z, *arguments))
-            replace_meta(new, node, type(self).__name__)
             new.meta[HALVES] = halves
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+            put(new, node, type(self).__name__)
 
 
 def _read(halves: Halves, x: fx.Node, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
