@@ -1,1 +1,1 @@
-"""The core: capture, sites, targets, graft. It knows no method, no backend and no file format."""
+"""The core: from a model and a spec to an adapted model. It knows no method, no backend and no file format."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from .adapter_tensors import Container
 from .errors import AdapterError
 from .modules.wrappers import unwrap
+from .sites import Site
 
 
 def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -51,3 +52,10 @@ def lookup(model: nn.Module, path: str) -> nn.Module:
             raise AdapterError(f"this {type(unwrap(model)).__name__} has no module {path!r}: {part!r} is not there")
         module = unwrap(child)
     return module
+
+
+def weight_at(modules: Mapping[str, nn.Module], site: Site) -> nn.Parameter:
+    """The base weight of a site, as it is stored."""
+    weight = modules[site.owner]._parameters[site.weight]
+    assert weight is not None
+    return weight

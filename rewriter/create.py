@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapter_tensors import ADAPTERS, SHARED, AdapterTensors, Container
 from .analysis.dataflow import storage_key
-from .base_names import base_modules, base_parameters
+from .base_names import base_modules, base_parameters, weight_at
 from .capture.parent_reads import rebind_forwards
 from .capture.skeleton import copy_skeleton
 from .errors import AdapterError, SpecError
@@ -166,7 +166,7 @@ def _create(
     with torch.no_grad():
         group.method.derive(group.sites, common, local)
         if initialise:
-            weights = [s.linear_layout(modules[s.owner]._parameters[s.weight].detach()) for s in group.sites]  # type: ignore[union-attr]
+            weights = [site.linear_layout(weight_at(modules, site).detach()) for site in group.sites]
             group.method.initialise(group.sites, common, local, InitContext(weights, update))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_tensors import AdapterTensors
+from .base_names import weight_at
 from .errors import AdapterError, listing
 from .method import InitContext
 from .modules.missing_values import missing, settle
@@ -57,10 +58,10 @@ def _values(
     lacking = {id(holder): missing(holder) for holder in holders}
     if not any(lacking.values()):
         return []
-    weights = [modules[site.owner]._parameters[site.weight] for site in group.sites]
-    if absent := [site.name for site, weight in zip(group.sites, weights, strict=True) if weight.is_meta]:  # type: ignore[union-attr]
+    weights = [weight_at(modules, site) for site in group.sites]
+    if absent := [site.name for site, weight in zip(group.sites, weights, strict=True) if weight.is_meta]:
         raise AdapterError(f"the base weights of {listing(absent, 4)} are on the meta device: load them first")
-    device = weights[0].device  # type: ignore[union-attr]
+    device = weights[0].device
     fresh = {
         id(holder): {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in holder.tensors().items()}
         for holder in holders
