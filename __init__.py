@@ -10,8 +10,8 @@ from .exporters.checkpoints.load_adapter import load_adapter
 from .exporters.checkpoints.save_adapter import save_adapter
 from .exporters.checkpoints.swap import swap
 from .exporters.onnx.export import OnnxExport, export_onnx
-from .exporters.onnx.gpu_check import check_gpu
-from .exporters.onnx.gpu_report import GpuReport
+from .exporters.onnx.gpu.gpu_check import check_gpu
+from .exporters.onnx.gpu.gpu_report import GpuReport
 from .exporters.onnx.quantize import QuantizedOnnx, quantize_onnx
 from .exporters.onnx.verify import Verification, verify
 from .exporters.ort.session import OrtSession

@@ -12,7 +12,7 @@ from .errors import AdapterError
 from .exported_program import rewrite_exported
 from .modules.wrappers import unwrap
 from .spec import Spec
-from .train_targets import warn_untied
+from .targeting.train_targets import warn_untied
 
 T = TypeVar("T")
 

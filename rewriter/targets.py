@@ -14,13 +14,13 @@ from .base_names import base_modules
 from .errors import AdapterError, TargetError, listing
 from .grafted_class import base_class
 from .method import Method
-from .output_heads import output_heads
-from .patterns import inside, is_name, matches, no_match
 from .sites import NoMatch, Site
 from .spec import ALL_LINEAR, Spec, Target
 from .state import Tie, find_state
-from .train_targets import check_ties, modules_to_train, ties_of
-from .weight_products import Candidate, candidates_of, product_with, sites_of
+from .targeting.output_heads import output_heads
+from .targeting.patterns import inside, is_name, matches, no_match
+from .targeting.train_targets import check_ties, modules_to_train, ties_of
+from .targeting.weight_products import Candidate, candidates_of, product_with, sites_of
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from ...rewriter.errors import CheckpointError, listing, near_misses
 from ...rewriter.graft_plan import Plan
 from ...rewriter.method import Method
 from ...rewriter.modules.wrappers import M, unwrap
-from ...rewriter.patterns import exactly, matches
 from ...rewriter.spec import Spec
+from ...rewriter.targeting.patterns import exactly, matches
 from .foreign.foreign_folder import ForeignAdapter, in_model_order
 from .graft_values import filled
 

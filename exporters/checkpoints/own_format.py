@@ -22,9 +22,9 @@ from ...rewriter.graft_plan import Plan
 from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first
 from ...rewriter.modules.wrappers import M, unwrap
-from ...rewriter.patterns import matches
 from ...rewriter.spec import Spec
 from ...rewriter.state import record_of
+from ...rewriter.targeting.patterns import matches
 from ...rewriter.tensors import live_state
 from .derived_hash import IN_CONFIG, check_derived, derived_hash
 from .folder_files import CONFIG, WEIGHTS, Stored, check_config_is_theirs, read_folder, writable, write_folder

@@ -16,16 +16,16 @@ from ...rewriter.capture.skeleton import bare
 from ...rewriter.errors import ExportError, listing
 from ...rewriter.state import find_state
 from ..adapterfiles import graph_manifest as manifest
-from . import save_graph
-from .cached_decoder import cached, cached_example
-from .checks import check as check_graph
+from .checks.checks import check as check_graph
+from .checks.ort_graph import CheckGraph
+from .checks.record import Record, write_description
 from .export_result import OnnxExport
-from .flat_call import TURN
-from .make_graph import make_graph
-from .modes import make_plan
-from .ort_graph import CheckGraph
-from .prepare import runnable, working_copy
-from .record import Record, write_description
+from .graph import save_graph
+from .graph.cached_decoder import cached, cached_example
+from .graph.flat_call import TURN
+from .graph.make_graph import make_graph
+from .graph.prepare import runnable, working_copy
+from .modes.modes import make_plan
 
 MODES = ("merged", "swappable", "bank")
 # torch translates to this opset, or converts from it; its converter goes up to the last.

@@ -22,12 +22,12 @@ import torch
 from ...backends.artifact.staging import staged
 from ...rewriter.errors import ExportError, VerifyError, listing, path_of
 from ...rewriter.method import ADAPTER_IDS
-from . import save_graph
-from .checks import probe, random_adapter
-from .few_bits import in_bits, load_weights
-from .ort_graph import CheckGraph
-from .record import Record, read_description, write_description
-from .seal import external_files
+from .checks.checks import probe, random_adapter
+from .checks.ort_graph import CheckGraph
+from .checks.record import Record, read_description, write_description
+from .checks.seal import external_files
+from .graph import save_graph
+from .graph.few_bits import in_bits, load_weights
 
 _DRAWS = 4  # random inputs of every size
 

@@ -17,12 +17,12 @@ from ...rewriter.capture.skeleton import bare
 from ...rewriter.errors import ExportError, ParityError, VerifyError, listing, path_of
 from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles.adapter_inputs import right_factors
-from .cached_decoder import cached
-from .checks import compare, differs, probe, random_adapter
-from .modes import make_plan
-from .ort_graph import CheckGraph, Inputs
-from .prepare import working_copy
-from .record import Record, read_description
+from .checks.checks import compare, differs, probe, random_adapter
+from .checks.ort_graph import CheckGraph, Inputs
+from .checks.record import Record, read_description
+from .graph.cached_decoder import cached
+from .graph.prepare import working_copy
+from .modes.modes import make_plan
 
 
 @dataclass(frozen=True)

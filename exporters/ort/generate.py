@@ -10,7 +10,7 @@ import torch
 
 from ...rewriter.errors import SessionError
 from ..adapterfiles.ort_values import TYPES, Device, TensorInfo, to_ort
-from ..onnx.cached_decoder import IDS, KEY, MASK, PRESENT_KEY, PRESENT_VALUE, VALUE
+from ..onnx.graph.cached_decoder import IDS, KEY, MASK, PRESENT_KEY, PRESENT_VALUE, VALUE
 from .feeds import Array
 
 # One run: (inputs, cache as OrtValues, outputs to keep on the device) -> (logits, the kept outputs).

@@ -14,8 +14,8 @@ from typing import Any
 
 from ...rewriter.errors import SessionError, listing
 from ..adapterfiles.ort_values import CPU, Device
-from ..onnx.ort_graph import options
-from ..onnx.widen import has_bfloat16
+from ..onnx.checks.ort_graph import options
+from ..onnx.graph.widen import has_bfloat16
 
 _CPU = "CPUExecutionProvider"
 _PREFERRED = ("CUDAExecutionProvider",)

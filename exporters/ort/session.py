@@ -16,7 +16,7 @@ from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles.export_adapter import export_ort_adapter
 from ..adapterfiles.fit import one_slot
 from ..adapterfiles.ort_values import Device, to_array, to_ort
-from ..onnx.ort_graph import OrtGraph
+from ..onnx.checks.ort_graph import OrtGraph
 from ..onnx.verify import verify as repeat_checks
 from .active import active_values
 from .adapter_cache import AdapterCache, AdapterStats, LoadedAdapter, Source

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from ...rewriter.analysis.effects import attribute, effect
 from ...rewriter.analysis.memory import Memory
-from ...rewriter.patterns import matches
 from ...rewriter.sites import NoMatch
+from ...rewriter.targeting.patterns import matches
 
 
 @contextlib.contextmanager

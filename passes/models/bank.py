@@ -24,10 +24,10 @@ from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.forms import Form, forms_of, put_entry
 from ...rewriter.method import ADAPTER_IDS
 from ...rewriter.modules.wrappers import M, unwrap
-from ...rewriter.patterns import exactly
 from ...rewriter.spec import Spec
 from ...rewriter.state import find_state, record_of
 from ...rewriter.switch import active, base_of
+from ...rewriter.targeting.patterns import exactly
 from ...rewriter.tensors import adapter_modules
 from ..methods.dense_form import Dense
 from ..methods.low_rank_factors import widened

@@ -19,11 +19,11 @@ from ...rewriter.create import graft_adapter
 from ...rewriter.errors import AdapterError, TargetError, listing
 from ...rewriter.method import Method
 from ...rewriter.modules.wrappers import unwrap
-from ...rewriter.patterns import exactly
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
 from ...rewriter.state import record_of
 from ...rewriter.switch import active, active_weights
+from ...rewriter.targeting.patterns import exactly
 from ...rewriter.tensors import adapter_modules, check_state, trained_modules, widened_like, write_state
 from ...rewriter.tensors import adapter_state as state_of_adapter
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ...rewriter.base_names import lookup
 from ...rewriter.create import graft_adapter
 from ...rewriter.modules.wrappers import M, unwrap
-from ...rewriter.patterns import exactly
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
 from ...rewriter.state import record_of
 from ...rewriter.switch import base_of
+from ...rewriter.targeting.patterns import exactly
 from ...rewriter.tensors import adapter_modules, trained_modules
 from ..methods.lora import LoRA
 from ..methods.low_rank_factors import linear_factors, low_rank

@@ -219,7 +219,7 @@ def package_trials(tmp_path, times, seed):
 
 
 def graph_trials(tmp_path, times, seed):
-    from fxgraft.exporters.onnx.seal import check_seal
+    from fxgraft.exporters.onnx.checks.seal import check_seal
 
     (tmp_path / "whole").mkdir()
     file = tmp_path / "whole" / "model.onnx"

@@ -8,8 +8,8 @@ from adapter_files import CONFIG, edit_unsealed
 from torch import nn
 
 import fxgraft as fg
-from fxgraft.rewriter import bounded_regex as patterns
-from fxgraft.rewriter.bounded_regex import _cheap, full_match
+from fxgraft.rewriter.targeting import bounded_regex as patterns
+from fxgraft.rewriter.targeting.bounded_regex import _cheap, full_match
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "lm_head", "a" * 60, "up", ""]
 SAME = [

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import fxgraft as fg
-from fxgraft.rewriter.output_heads import output_heads
-from fxgraft.rewriter.patterns import matches
+from fxgraft.rewriter.targeting.output_heads import output_heads
+from fxgraft.rewriter.targeting.patterns import matches
 from fxgraft.rewriter.targets import resolve
 
 

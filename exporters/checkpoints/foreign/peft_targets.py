@@ -13,10 +13,10 @@ from typing import Any
 from torch import fx, nn
 
 from ....rewriter.base_names import base_modules
-from ....rewriter.bounded_regex import full_match
 from ....rewriter.errors import CheckpointError, SpecError
 from ....rewriter.grafted_class import base_class
 from ....rewriter.modules.wrappers import unwrap
+from ....rewriter.targeting.bounded_regex import full_match
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -17,8 +17,8 @@ from fxgraft.backends.artifact.signature import (
     named_tensors,
     other_sizes,
 )
-from fxgraft.exporters.onnx import save_graph
 from fxgraft.exporters.onnx.export import export_onnx
+from fxgraft.exporters.onnx.graph import save_graph
 from fxgraft.exporters.ort.session import export_ort_adapter
 from fxgraft.rewriter.errors import ExportError, ParityError
 

@@ -12,7 +12,7 @@ from torch import nn
 import fxgraft as fg
 from fxgraft.backends.artifact.parity import MULTIPLE, hold
 from fxgraft.backends.artifact.wide_oracle import widely
-from fxgraft.exporters.onnx import make_graph, save_graph
+from fxgraft.exporters.onnx.graph import make_graph, save_graph
 from fxgraft.rewriter.errors import ParityError
 
 

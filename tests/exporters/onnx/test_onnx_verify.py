@@ -14,7 +14,7 @@ import fxgraft as fg
 from fxgraft.backends.artifact.random_inputs import describe_inputs, draw
 from fxgraft.backends.artifact.signature import automatic_axes, bind
 from fxgraft.exporters.adapterfiles import graph_manifest as manifest
-from fxgraft.exporters.onnx import record, seal
+from fxgraft.exporters.onnx.checks import record, seal
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
 HYDRA = fg.HydraLoRA(rank=2, experts=3)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fxgraft as fg
-from fxgraft.exporters.onnx import graph_rewrites
+from fxgraft.exporters.onnx.graph import graph_rewrites
 
 
 def weights(export: fg.OnnxExport) -> set[str]:

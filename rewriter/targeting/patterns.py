@@ -6,8 +6,8 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
+from ..errors import TargetError, listing, near_misses
 from .bounded_regex import full_match
-from .errors import TargetError, listing, near_misses
 
 
 def exactly(names: Iterable[str]) -> str:

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...backends.artifact.signature import Axes, Example, arguments
-from ...passes.models.bank import BANK, bank, bank_record, prove_rows
-from ...passes.models.opened import copy_rows, opened_bank
-from ...rewriter.errors import AdapterError, ExportError
-from ...rewriter.forms import RANK, form_of
-from ...rewriter.method import ADAPTER_IDS
-from ...rewriter.state import ModelState, find_state
-from ...rewriter.switch import base_of
-from ..adapterfiles import graph_manifest as manifest
-from ..adapterfiles.adapter_inputs import at_site, difference
-from . import open_inputs
+from ....backends.artifact.signature import Axes, Example, arguments
+from ....passes.models.bank import BANK, bank, bank_record, prove_rows
+from ....passes.models.opened import copy_rows, opened_bank
+from ....rewriter.errors import AdapterError, ExportError
+from ....rewriter.forms import RANK, form_of
+from ....rewriter.method import ADAPTER_IDS
+from ....rewriter.state import ModelState, find_state
+from ....rewriter.switch import base_of
+from ...adapterfiles import graph_manifest as manifest
+from ...adapterfiles.adapter_inputs import at_site, difference
+from ..graph import open_inputs
+from ..graph.graph_rewrites import refuse_negative_ids
 from .export_plan import Arrays, Inputs, Plan, Run, Truth, tensors_in, truth_of
-from .graph_rewrites import refuse_negative_ids
 from .one_adapter import alone
 from .twin_inputs import legs_of, randomised
 

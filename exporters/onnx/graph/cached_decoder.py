@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...backends.artifact.signature import Axes
-from ...rewriter.calls.forward_inputs import NAMES, OWN_CLASS, release_inputs, take_inputs
-from ...rewriter.capture.skeleton import copy_skeleton
-from ...rewriter.errors import ExportError
+from ....backends.artifact.signature import Axes
+from ....rewriter.calls.forward_inputs import NAMES, OWN_CLASS, release_inputs, take_inputs
+from ....rewriter.capture.skeleton import copy_skeleton
+from ....rewriter.errors import ExportError
 
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 KEY, VALUE = "past_key_{}", "past_value_{}"

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...backends.artifact.parity import reference, sizes_of
-from ...backends.artifact.signature import Axes, Example
-from . import open_inputs
+from ....backends.artifact.parity import reference, sizes_of
+from ....backends.artifact.signature import Axes, Example
+from ..graph import open_inputs
 
 Inputs = Mapping[str, torch.Tensor]
 Arrays = dict[str, np.ndarray]

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .open_inputs import (
-    pin,
-)
+from .open_inputs import pin
 from .weight_files import SMALL
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...backends.artifact.parity import sizes_of
-from ...rewriter.errors import ExportError, ParityError
-from ...rewriter.method import ADAPTER_IDS
-from ..adapterfiles import graph_manifest
-from ..adapterfiles.adapter_inputs import site_of, tensor_of
-from ..adapterfiles.ort_values import TYPES, Device, TensorInfo, to_array, to_ort
-from .widen import widened
+from ....backends.artifact.parity import sizes_of
+from ....rewriter.errors import ExportError, ParityError
+from ....rewriter.method import ADAPTER_IDS
+from ...adapterfiles import graph_manifest
+from ...adapterfiles.adapter_inputs import site_of, tensor_of
+from ...adapterfiles.ort_values import TYPES, Device, TensorInfo, to_array, to_ort
+from ..graph.widen import widened
 
 Inputs = Mapping[str, torch.Tensor]
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...backends.artifact.signature import free_name
-from ...rewriter.errors import ExportError, near_misses
-from ...rewriter.forms import SLOTS
+from ....backends.artifact.signature import free_name
+from ....rewriter.errors import ExportError, near_misses
+from ....rewriter.forms import SLOTS
 
 
 @dataclass(frozen=True)

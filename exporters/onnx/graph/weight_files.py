@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ...backends.artifact.bounded_files import sha256
+from ....backends.artifact.bounded_files import sha256
 
 # Smaller tensors stay in the graph: a reader of its constants has them at hand.
 SMALL = 256

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...backends.artifact.parity import Parity, floor_of, hold, sizes_of, tolerance_of
-from ...backends.artifact.random_inputs import fresh
-from ...backends.artifact.signature import Axes, Example, other_sizes
-from ...rewriter.errors import ExportError, ParityError
-from ...rewriter.method import ADAPTER_IDS
-from ..adapterfiles.ort_values import TYPES
-from .export_plan import Plan, Truth
+from ....backends.artifact.parity import Parity, floor_of, hold, sizes_of, tolerance_of
+from ....backends.artifact.random_inputs import fresh
+from ....backends.artifact.signature import Axes, Example, other_sizes
+from ....rewriter.errors import ExportError, ParityError
+from ....rewriter.method import ADAPTER_IDS
+from ...adapterfiles.ort_values import TYPES
+from ..modes.export_plan import Plan, Truth
 from .ort_graph import CheckGraph, Inputs
 from .record import Record
 

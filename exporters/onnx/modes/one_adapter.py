@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from ...passes.models.opened import base_weights, opened, whole_weights
-from ...rewriter.analysis.dataflow import tied_names
-from ...rewriter.capture.skeleton import copy_skeleton
-from ...rewriter.errors import ExportError
-from ...rewriter.state import record_of
-from ...rewriter.switch import active_weights, base_of, set_active
-from ..adapterfiles import graph_manifest as manifest
-from ..adapterfiles.adapter_inputs import at_site
-from ..adapterfiles.export_adapter import swappable_head
-from ..adapterfiles.structured import describe, own_keys, own_tensors
-from . import open_inputs
+from ....passes.models.opened import base_weights, opened, whole_weights
+from ....rewriter.analysis.dataflow import tied_names
+from ....rewriter.capture.skeleton import copy_skeleton
+from ....rewriter.errors import ExportError
+from ....rewriter.state import record_of
+from ....rewriter.switch import active_weights, base_of, set_active
+from ...adapterfiles import graph_manifest as manifest
+from ...adapterfiles.adapter_inputs import at_site
+from ...adapterfiles.export_adapter import swappable_head
+from ...adapterfiles.structured import describe, own_keys, own_tensors
+from ..graph import open_inputs
 from .export_plan import Inputs, Plan, Run, truth_of
 from .twin_inputs import legs_of, randomised
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from ...backends.artifact.signature import free_name
-from ...rewriter.errors import ExportError
+from ....backends.artifact.signature import free_name
+from ....rewriter.errors import ExportError
 
 
 def rename_axes(model: Any, names: Mapping[str, str]) -> None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from .analysis.linear_products import LinearNode, find_linears
-from .capture.parent_reads import reader_of
-from .capture.trace import trace
-from .errors import CaptureError, TargetError
-from .grafted_class import base_class, plain_view
-from .sites import NoMatch, Site
-from .spec import Target
+from ..analysis.linear_products import LinearNode, find_linears
+from ..capture.parent_reads import reader_of
+from ..capture.trace import trace
+from ..errors import CaptureError, TargetError
+from ..grafted_class import base_class, plain_view
+from ..sites import NoMatch, Site
+from ..spec import Target
 
 _NOT_LINEAR = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ...passes.models.opened import Twin
-from ..adapterfiles.adapter_inputs import symbol
-from . import open_inputs
+from ....passes.models.opened import Twin
+from ...adapterfiles.adapter_inputs import symbol
+from ..graph import open_inputs
 from .export_plan import Arrays, Truth
 
 

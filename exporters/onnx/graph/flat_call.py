@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...backends.artifact.signature import Axes, Example, arguments, named_tensors
+from ....backends.artifact.signature import Axes, Example, arguments, named_tensors
 
 #: torch.export, and the translation to ONNX, keep state of the process: exports take turns.
 TURN = threading.RLock()

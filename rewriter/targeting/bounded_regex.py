@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .errors import SpecError
+from ..errors import SpecError
 
 _SECONDS = 2.0  # one expression's, over all names
 _LONGEST = 1 << 22  # characters

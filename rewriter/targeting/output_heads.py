@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from .analysis.dataflow import tied_names
-from .base_names import base_modules
-from .modules.wrappers import unwrap
+from ..analysis.dataflow import tied_names
+from ..base_names import base_modules
+from ..modules.wrappers import unwrap
 
 #: last path components that name an output head in models that do not declare one
 HEAD_NAMES = frozenset(

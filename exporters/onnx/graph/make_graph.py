@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ...backends.artifact.signature import Axes, Example, symbols
-from ...rewriter.method import ADAPTER_IDS
-from .export_result import Shape
+from ....backends.artifact.signature import Axes, Example, symbols
+from ....rewriter.method import ADAPTER_IDS
+from ..export_result import Shape
+from ..modes.modes import Plan
 from .flat_call import FlatCall
 from .graph_names import name_ends, rename_axes, tidy
 from .graph_rewrites import name_transposes, widen_convolutions
-from .modes import Plan
 from .open_inputs import Opened, close, unpin
 from .translate import fixed_axes, quiet, trace, translate, without
 from .weight_files import base_forms

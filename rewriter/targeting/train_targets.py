@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from .analysis.dataflow import tied_names
-from .base_names import base_modules, base_parameters
-from .errors import TargetError, listing
+from ..analysis.dataflow import tied_names
+from ..base_names import base_modules, base_parameters
+from ..errors import TargetError, listing
+from ..sites import Site
+from ..spec import Spec
+from ..state import Tie
 from .patterns import inside, matches, no_match
-from .sites import Site
-from .spec import Spec
-from .state import Tie
 
 
 def modules_to_train(spec: Spec, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ...backends.artifact.random_inputs import describe_inputs, draw
-from ...backends.artifact.signature import Axes, Example, add_up, arguments
-from ...rewriter.errors import SessionError, VerifyError
-from ..adapterfiles import graph_manifest as manifest
+from ....backends.artifact.random_inputs import describe_inputs, draw
+from ....backends.artifact.signature import Axes, Example, add_up, arguments
+from ....rewriter.errors import SessionError, VerifyError
+from ...adapterfiles import graph_manifest as manifest
 from .seal import check_seal, seal
 
 RECORD = "fxgraft.record"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...rewriter.errors import ExportError
+from ....rewriter.errors import ExportError
 from .weight_files import lay_out, link
 
 # protobuf ends at 2 GiB; beyond this the weights go to a file of their own.

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ...backends.artifact.signature import Axes
-from ...rewriter.errors import ExportError
-from ...rewriter.method import ADAPTER_IDS
+from ....backends.artifact.signature import Axes
+from ....rewriter.errors import ExportError
+from ....rewriter.method import ADAPTER_IDS
 from .flat_call import FlatCall
 from .translations import translations
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ...passes.models.merge import merge
-from ...rewriter.state import find_state
-from ...rewriter.switch import active_weights, base_of
+from ....passes.models.merge import merge
+from ....rewriter.state import find_state
+from ....rewriter.switch import active_weights, base_of
 from .bank_mode import Banked
 from .export_plan import Inputs, Plan, Run, truth_of
 from .one_adapter import Own, Swappable

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...rewriter.errors import SessionError
+from ....rewriter.errors import SessionError
 from .cuda_kernels import ONNX, Kernels, cuda_kernels
 from .gpu_report import GpuNode, GpuReport
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ...backends.artifact.signature import Example, arguments, named_tensors
-from ...rewriter.adapter_tensors import Container
-from ...rewriter.capture.skeleton import copy_skeleton
-from ...rewriter.errors import ExportError, listing
+from ....backends.artifact.signature import Example, arguments, named_tensors
+from ....rewriter.adapter_tensors import Container
+from ....rewriter.capture.skeleton import copy_skeleton
+from ....rewriter.errors import ExportError, listing
 
 # Larger buffers are quantised weights, which no forward writes.
 _WRITTEN = 1 << 26

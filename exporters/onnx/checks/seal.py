@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...backends.artifact.bounded_files import sha256
-from ...rewriter.errors import VerifyError, listing
+from ....backends.artifact.bounded_files import sha256
+from ....rewriter.errors import VerifyError, listing
 
 SEAL = "fxgraft.seal"
 

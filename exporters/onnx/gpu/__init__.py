@@ -1,0 +1,1 @@
+"""Which nodes of a graph stay on the CPU beside a GPU."""

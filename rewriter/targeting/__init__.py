@@ -1,0 +1,1 @@
+"""From a spec's patterns to the modules and the products they mean."""
