@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +65,11 @@ class Constants:
             return arguments if isinstance(arguments, NoMatch) else NoMatch("keyword arguments", node.name)
         with by_itself():
             return node.target(*arguments)  # type: ignore[operator]
+
+
+def free_place(module: fx.GraphModule, stem: str) -> int:
+    """The first number whose name `<stem>_<number>` no tensor has: of those made before some are gone, others read."""
+    return next(place for place in itertools.count() if not hasattr(module, f"{stem}_{place}"))
 
 
 def drop_unused(module: fx.GraphModule) -> None:

@@ -24,7 +24,7 @@ from ...rewriter.dialect import is_dialect, traits_of
 from ...rewriter.program import Pass, PassResult, Program, put
 from ...rewriter.sites import NoMatch
 from ..methods.lora import lora
-from .constants import Constants, by_itself, drop_unused
+from .constants import Constants, by_itself, drop_unused, free_place
 from .products import one_product, split, summed
 
 
@@ -121,7 +121,7 @@ class Fold(Pass):
                 if tensor is None:
                     reads.append(None)
                     continue
-                name = f"folded_{sum(1 for n, _ in module.named_buffers(recurse=False) if n.startswith('folded_'))}"
+                name = f"folded_{free_place(module, 'folded')}"
                 module.register_buffer(name, tensor.detach().contiguous())
                 reads.append(graph.get_attr(name))
             new = graph.call_function(target, (x, *reads, *rest))

@@ -24,7 +24,7 @@ from ...rewriter.analysis.effects import effect, value
 from ...rewriter.analysis.memory import Memory, erase_unread, together
 from ...rewriter.program import Pass, PassResult, Program, put, replace_meta
 from ...rewriter.sites import NoMatch
-from .constants import Constants, drop_unused
+from .constants import Constants, drop_unused, free_place
 from .cost import joined_product_pays
 from .products import Product, product, rows
 
@@ -107,7 +107,7 @@ class JoinProducts(Pass):
         biases = [found[node][2] for node in nodes]
         along = 1 if products[0].transposed else 0
         sizes = [weight.shape[along] for weight in weights]
-        place = sum(1 for name, _ in module.named_buffers(recurse=False) if name.startswith("joined_weight_"))
+        place = free_place(module, "joined_weight")
         module.register_buffer(f"joined_weight_{place}", torch.cat(weights, along))
         if any(bias is not None for bias in biases):
             whole = [

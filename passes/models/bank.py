@@ -146,9 +146,10 @@ def _form(sources: Sequence[Source], slots: int, rank: int | None, expand: bool)
     """The form that holds all of them: one of their own kind where they are alike, else stacked factors."""
     methods = [method for source in sources for method in source.methods]
     kinds = {type(method) for method in methods}
+    alone = all(len(source.methods) == 1 for source in sources)  # groups of sites derive each a projection of their own
     if len(kinds) == 1 and not expand and len({source.sites for source in sources}) == 1:
         for kind in forms_of(methods[0]):
-            if (own := kind.stack_of(methods, slots)) is not None:
+            if (alone or not kind.derives) and (own := kind.stack_of(methods, slots)) is not None:
                 return own
     for method in methods:
         if method.not_low_rank:
@@ -266,10 +267,10 @@ def _entries(root: nn.Module, name: str, source: Source) -> dict[tuple[int, str]
         elif site.name in given:
             tensors = given[site.name]
             entry = form.entry(tensors.method, widened(tensors.shared_tensors()), widened(tensors.tensors()))
-            if form.derives and list(given) != common:
+            if form.derives and (list(given) != common or len(source.methods) > 1):
+                what = "other sites than the bank" if list(given) != common else "its sites in several groups"
                 raise AdapterError(
-                    f"tenant {name!r} adapts other sites than the bank, so its projection is another one; make the "
-                    "bank with expand=True"
+                    f"tenant {name!r} adapts {what}, so its projection is another one; make the bank with expand=True"
                 )
         else:
             continue

@@ -99,6 +99,18 @@ def test_two_fixed_paths_of_one_product_become_one_weight():
     torch.testing.assert_close(result.program.graph_module(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_second_fold_leaves_the_tensors_of_the_first():
+    model = Attention()
+    for name, target in (("a", "q"), ("b", "q"), ("c", "k")):
+        model = perturb(fg.rewrite(model, fg.Spec(METHODS["glora"], targets=[target]), name=name), 0.3)
+    fg.set_active(model.eval(), ["a", "b", "c"])
+    x = torch.randn(5, 12)
+    first = Fold(swappable=("k.*",))(captured(model))  # of two weights for q the first is read no more
+    second = Fold()(first.program)
+    assert (first.count, second.count) == (2, 1)
+    torch.testing.assert_close(second.program.graph_module(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 # -- joined base products ------------------------------------------------------------------------------------------
 GOLDEN_JOINED = """\
 linear_default = linear.default(x, joined_weight_0, joined_bias_0)

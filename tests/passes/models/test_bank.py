@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,20 @@ def test_unilora_tenants_are_a_matrix(mlp):
     with pytest.raises(fg.AdapterError, match="other sites"):
         fg.add_tenant(banked, "fewer", fewer)
     assert fg.tenants(banked) == {"t0": 1, "t1": 2, "t2": 3}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if forms_of(method)[:1] and forms_of(method)[0].derives]
+)
+def test_groups_that_derive_each_their_own_are_held_as_factors(mlp, name):
+    method = METHODS[name]
+    apart = fg.Spec(method, targets=["up", "down"], overrides={"down": replace(method, dropout=0.1)})
+    one, two = adapters(mlp, fg.Spec(method, targets=["up", "down"])), adapters(mlp, apart)
+    banked, x = fg.bank(mlp, two), torch.randn(3, 7)
+    ids = fg.adapter_ids(banked, ["t2", "t0", None])
+    torch.testing.assert_close(banked(x, adapter_ids=ids), rows(two, ["t2", "t0", None], mlp, x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(fg.AdapterError, match="several groups"):
+        fg.add_tenant(fg.bank(mlp, one, capacity=4), "apart", two["t0"])
 
 
 def test_tenants_come_and_go(mlp):
