@@ -6,6 +6,7 @@ every name and shape fits. So a state remembers the methods it was taken from, a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -69,6 +70,9 @@ def _rebuild(tensors: dict[str, Tensor], methods: dict[str, Any]) -> AdapterStat
     return AdapterState(tensors, methods_from_dict(methods))
 
 
+# A pickle names a function by its module. This name is in files: it stays, wherever the module moves.
+_rebuild.__module__ = "fxgraft.rewriter.adapterstate"
+sys.modules[_rebuild.__module__] = sys.modules[__name__]
 # torch.load(weights_only=True), its default, reads what it knows to be harmless.
 torch.serialization.add_safe_globals([_rebuild])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -106,6 +107,22 @@ def test_a_state_keeps_its_method_through_copies_and_files() -> None:
         assert twin.keys() == state.keys() and all(torch.equal(twin[k], state[k]) for k in state)
     assert type(dict(state)) is dict and type({**state}) is dict
     fg.swap(a, {k: v * 2 for k, v in state.items()})  # plain values are taken at their word
+
+
+def test_a_file_of_a_state_opens_wherever_its_module_has_moved() -> None:
+    """A pickle names `_rebuild` by its module, which was this one when the first files were written."""
+    a = adapted(fg.LoRA(rank=2, alpha=4))
+    state = fg.adapter_state(a)
+    rebuild, arguments = state.__reduce__()
+    assert (rebuild.__module__, rebuild.__qualname__) == ("fxgraft.rewriter.adapterstate", "_rebuild")
+    assert arguments[1]["0"] == [{"method": "lora", **dataclasses.asdict(fg.LoRA(rank=2, alpha=4))}, 8, 12, 0]
+    file = io.BytesIO()
+    torch.save(state, file)
+    assert b"fxgraft.rewriter.adapterstate" in file.getvalue()
+    for weights_only in (True, False):
+        file.seek(0)
+        twin = torch.load(file, weights_only=weights_only)
+        assert twin.methods == state.methods and all(torch.equal(twin[k], state[k]) for k in state)
 
 
 @pytest.mark.parametrize("format", ["fxgraft", "peft"])
