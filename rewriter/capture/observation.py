@@ -156,7 +156,7 @@ class Observation:
             self.reads[place] = Read(place, kind, value=kind, own=own)  # type: ignore[arg-type]
             for name in _MADE_OF[kind]:
                 if not isinstance(part := getattr(value, name), nn.Module):
-                    self._add((*place, name), part, False)
+                    self._add((*place, name), part, own)  # no part is ever set: `keywords` may be filled
             return
         if not own and is_fixed(value) and not is_comparable(value):  # a lambda: another is never equal
             return self._count_as_itself(place, self._original(place))

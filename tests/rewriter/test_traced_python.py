@@ -376,6 +376,18 @@ def test_what_a_forward_reads_takes_effect_when_it_changes(name):
         change(model, 2.0)
 
 
+@pytest.mark.parametrize("make", [lambda m: types.MethodType(lambda m, x: x * 2.0, m), lambda m: partial(2.0)])
+def test_layers_with_equal_calls_of_their_own_share_a_class(make):
+    cls = type(owner(lambda m, x: m.own_method(m.product(x))))
+    layers = [cls(), cls()]
+    for layer in layers:
+        layer.own_method = make(layer)
+    adapted = fg.rewrite(nn.Sequential(*layers), fg.Spec(fg.LoRA(2), ["0.w", "1.w"]))
+    assert type(adapted[0]) is type(adapted[1])
+    adapted[1].own_method = partial(3.0)
+    assert type(adapted[0]) is not type(adapted[1])
+
+
 def test_a_change_that_cannot_be_followed_is_refused_and_undone():
     layer = owner(lambda m, x: m.product(x) * (2.0 if m.scale == 2.0 else time.time()))
     adapted, x = perturb(fg.rewrite(nn.Sequential(layer), fg.Spec(fg.LoRA(2), ["0.w"]))), torch.randn(3, 4)
