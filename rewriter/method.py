@@ -115,6 +115,8 @@ class Method(Config, abc.ABC):
     free: ClassVar[tuple[str, ...]] = ("dropout",)
     #: whether a site's numbers depend on the sites before it (one projection handed out in order)
     by_order: ClassVar[bool] = False
+    #: whether what it derives is drawn, and so compared with the saved adapter's where one is opened
+    drawn: ClassVar[bool] = True
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ IN_CONFIG, IN_METADATA = "derived", "fxgraft.derived"
 
 
 def derived_hash(model: nn.Module, name: str, *, signs: bool = True) -> str | None:
-    """SHA-256 of what an adapter derives from its config (Uni-LoRA's indices, VeRA's A and B); None: nothing.
+    """SHA-256 of what an adapter draws by its config (Uni-LoRA's indices, VeRA's A and B); None: nothing.
 
     A vector means something only under the very indices it was trained with, and those follow from the config, the
     order of the sites and a random generator.
@@ -29,7 +29,7 @@ def derived_hash(model: nn.Module, name: str, *, signs: bool = True) -> str | No
     root = unwrap(model)
     told, any_there = hashlib.sha256(), False
     for prefix, tensors in adapter_modules(root, name, record_of(root, name)):
-        for key in sorted(tensors._non_persistent_buffers_set):
+        for key in sorted(tensors._non_persistent_buffers_set if tensors.method.drawn else ()):
             tensor = tensors._buffers[key]
             if tensor is None or tensor.is_meta:
                 return None

@@ -61,7 +61,8 @@ def _checked(paths: Paths, sites: Mapping[str, AdapterTensors], what: str) -> di
 def set_paths(supernet: nn.Module, paths: Paths, name: str = "default") -> None:
     """Set the path that each site of a supernet takes in eval mode, in place. Training keeps drawing.
 
-    A compiled model is not compiled anew. Copies of the model keep their own paths.
+    A compiled model is not compiled anew. Copies of the model keep their own paths; a saved adapter has none, and opens
+    on the first of them all.
 
     Raises:
         AdapterError: a site without a path, or a name that is no site.

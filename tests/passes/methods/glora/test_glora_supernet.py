@@ -202,3 +202,18 @@ def test_copies_keep_their_own_paths():
     set_paths(supernet, {"layer": PATHS[17]})
     assert get_paths(supernet) == {"layer": PATHS[17]}
     assert [get_paths(twin) for twin in twins] == [{"layer": MAXIMAL}] * 2
+
+
+def test_a_supernet_is_saved_and_opened_on_whatever_path_it_is(tmp_path):
+    """The path of the eval mode is chosen and not derived: it is no reason to take the file for another adapter's."""
+    base, x = wrapped("linear"), torch.randn(4, IN, dtype=torch.float64)
+    adapted = adapt(base, None).eval()
+    path = {"layer": PATHS[-2]}
+    set_paths(adapted, path)
+    fg.save_adapter(adapted, tmp_path)
+    opened = fg.load_adapter(base, tmp_path).eval()
+    assert get_paths(opened) == {"layer": PATHS[0]}
+    set_paths(opened, path)
+    assert torch.equal(opened(x), adapted(x)) and not torch.equal(opened(x), base(x))
+    fg.swap(adapted, tmp_path)
+    assert get_paths(adapted) == path
