@@ -111,8 +111,24 @@ def check_same_function(expected: Mapping[str, SiteMethod], state: Mapping[str, 
     ordered = [site for site, m in expected.items() if m.method.by_order]
     if ordered != [s for s in given if s in set(ordered)] or any(expected[s].group != given[s].group for s in ordered):
         raise AdapterError(f"{what} is of an adapter whose sites come in another order, so its projection is another")
+    here_most, there_most = _largest(expected), _largest(given)
+    sized = (site for site, m in expected.items() if m.method.by_size)
+    if other := [s for s in sized if here_most[expected[s].group] != there_most[given[s].group]]:
+        raise AdapterError(
+            f"{what} has other sites than this adapter under one config (overrides) with {listing(other)}, and the "
+            "largest of them makes the projection: it is another"
+        )
 
 
 def _differing(here: Method, there: Method) -> str:
     ours, theirs = here.meaning(), there.meaning()
     return " and ".join(key for key in theirs if ours.get(key) != theirs[key]) or "a field"
+
+
+def _largest(methods: Mapping[str, SiteMethod]) -> dict[int, tuple[int, int]]:
+    """Group -> the largest `(out, in)` of its sites."""
+    found: dict[int, tuple[int, int]] = {}
+    for _, rows, columns, group in methods.values():
+        out_features, in_features = found.get(group, (0, 0))
+        found[group] = max(rows, out_features), max(columns, in_features)
+    return found

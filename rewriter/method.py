@@ -117,6 +117,8 @@ class Method(Config, abc.ABC):
     by_order: ClassVar[bool] = False
     #: whether what it derives is drawn, and so compared with the saved adapter's where one is opened
     drawn: ClassVar[bool] = True
+    #: whether what it derives has the size of the largest site under one config
+    by_size: ClassVar[bool] = False
 
     @property
     def inputs(self) -> tuple[str, ...]:

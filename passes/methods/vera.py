@@ -95,6 +95,7 @@ class VeRA(Method, key="vera"):
     """
 
     free: ClassVar[tuple[str, ...]] = ("dropout", "d_initial")
+    by_size: ClassVar[bool] = True
     vectors: ClassVar[tuple[str, ...]] = ("d", "b")  # the paper trains them at rates well above those of LoRA
 
     rank: int = 256

@@ -303,6 +303,21 @@ def test_tenants_of_a_bank_are_vectors_over_one_projection(bert, ids, tmp_path):
         fg.add_tenant(banked, "fewer", fg.rewrite(bert, fg.Spec(fg.VeRA(rank=6, seed=5), ["query"])))
 
 
+def test_values_under_the_projection_of_other_sites_are_refused():
+    """Two configs that differ in dropout alone are two groups, each with the A and B of its own largest site."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    one = perturb(fg.rewrite(model, fg.Spec(fg.VeRA(rank=4), ["0", "1", "2"])), 0.5)
+    apart, same = (
+        fg.rewrite(model, fg.Spec(fg.VeRA(rank=4), ["0", "1", "2"], overrides={site: fg.VeRA(rank=4, dropout=0.1)}))
+        for site in ("0", "2")
+    )
+    with pytest.raises(fg.AdapterError, match="projection: it is another"):
+        fg.swap(apart, fg.adapter_state(one))
+    fg.swap(same, fg.adapter_state(one))  # the largest of both groups is that of all sites
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(same.eval()(x), one.eval()(x))
+
+
 def test_other_projections_share_a_bank_as_factors(bert, ids):
     specs = {"a": fg.VeRA(rank=6), "b": fg.VeRA(rank=3, seed=1), "c": fg.LoRA(rank=2)}
     own = {name: perturb(fg.rewrite(bert, fg.Spec(method, ["query"])), 0.5).eval() for name, method in specs.items()}
