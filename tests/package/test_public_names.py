@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+import fxgraft as fg
 
 ROOT = Path(__file__).resolve().parents[2]
 # Loaded when they are needed, never by `import fxgraft`: slow, optional, or both.
@@ -84,3 +87,12 @@ def test_star_import_gives_the_spine(tmp_path):
     done = python("import json\nfrom fxgraft import *\nprint(json.dumps(sorted(dir())))", tmp_path)
     assert done.returncode == 0, done.stderr
     assert spine <= set(json.loads(done.stdout))
+
+
+def test_pickles_of_methods_open_under_the_names_they_were_written_with():
+    """A method is at home where its folder is: configs and estimates that were pickled when it was a file open."""
+    homes = {"lora": "LoRA", "lora_xs": "LoRAXS", "lora_sb": "LoRASB", "unilora": "UniLoRA", "prolora": "PRoLoRA"}
+    homes |= {"hydralora": "HydraLoRA", "glora": "GLoRA"}
+    for home, name in [*homes.items(), ("lora_sb", "UpdateEstimate")]:
+        named = f"cfxgraft.passes.methods.{home}\n{name}\n.".encode()  # the pickle of a class
+        assert pickle.loads(named) is getattr(fg, name)
