@@ -281,7 +281,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _structured(form: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Tensors by name in the form that `aot_describe.form_of` described."""
+    """Tensors by name in the form that `describe.form_of` described."""
     if form is None:
         return None
     if isinstance(form, str):

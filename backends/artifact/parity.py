@@ -66,7 +66,7 @@ def reference(
     model: torch.nn.Module, inputs: Mapping[str, Any], case: str, dtype: torch.dtype | None = None
 ) -> dict[str, np.ndarray]:
     """The model's named outputs for keyword `inputs`, as arrays on the CPU, computed in `dtype` (None: as the model
-    does), see `oracle`. Raises `ExportError` if it does not run."""
+    does), see `wide_oracle`. Raises `ExportError` if it does not run."""
     try:
         with torch.no_grad():
             output = model(**inputs) if dtype is None else widely(model, inputs, dtype)

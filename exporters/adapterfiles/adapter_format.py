@@ -5,7 +5,7 @@ The format is onnxruntime's: tensors by name, and two version numbers. It has no
 
     1, expanded     `<site>.A (in, r)`, `<site>.B (r, out)` and whatever else the swappable graph takes, by the names of
                     the graph's inputs, and no text. onnxruntime's own `LoraAdapter` takes these in any language.
-    2, structured   the method's own, smaller tensors (Uni-LoRA: one vector), with the text that `expand.describe`
+    2, structured   the method's own, smaller tensors (Uni-LoRA: one vector), with the text that `structured.describe`
                     gives. `OrtSession` expands them.
     3, frozen       tensors that structured files beside it leave to this one, which is named after its content.
 

@@ -67,7 +67,8 @@ def export_onnx(
     name            which adapter; None is the active one ("merged": all active ones).
     cache           of a causal language model: the graph takes the keys and values of the tokens so far and gives them
                     with the new ones added, for generation (`OrtSession.generate`). The example needs `input_ids`
-                    alone; inputs and outputs are those of `exporters.decoder.cached`, an `attention_mask` among them.
+                    alone; inputs and outputs are those of `cached` in `exporters.onnx.graph.cached_decoder`, an
+                    `attention_mask` among them.
     expanded        "swappable": False makes the method's own tensors the inputs, under the names of their checkpoint
                     (Uni-LoRA: the one vector `theta`), all zero by default, and the graph does the method's arithmetic
                     at every run. Only adapters of the same config fit, written with

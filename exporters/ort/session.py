@@ -163,7 +163,7 @@ class OrtSession:
         ones would be rounded, and are refused.
 
         Raises `CheckpointError` for a file that is damaged or something else, `AdapterError` where it does not fit the
-        graph (see `adapterfit.check_fit`) or the byte budget. Nothing is changed then.
+        graph (see `adapterfiles.fit.check_fit`) or the byte budget. Nothing is changed then.
         """
         self._check_new(name, replace)
         adapter = self._cache.add(
