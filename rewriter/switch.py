@@ -120,7 +120,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         )
     state = state_of(model)
     if torch.is_grad_enabled():
-        tell_from_compiled(unwrap(model))
+        tell_from_compiled(model)
     with turned_off(state.switch):
         yield
 

@@ -9,6 +9,7 @@ import copy
 import pickle
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -246,6 +247,24 @@ def test_a_compiled_layer_is_computed_again_as_the_forward_saw_it(reentrant: boo
         torch.testing.assert_close(of(a, off=True), plain)
     twin = pickle.loads(pickle.dumps(a)) if not wrapped else copy.deepcopy(a)
     torch.testing.assert_close(of(twin, off=True), plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_compiled_model_is_computed_again_as_the_forward_saw_it(reentrant: bool) -> None:
+    torch._dynamo.reset()
+    base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    a = torch.compile(noisy(fg.rewrite(base, fg.Spec(fg.LoRA(rank=2), targets="all-linear"))), backend="eager")
+
+    def of(model: nn.Module, off: bool = False) -> Any:
+        x = torch.linspace(-1, 1, 16).view(2, 8).requires_grad_()
+        with fg.disabled(model) if off else contextlib.nullcontext():
+            loss = checkpoint(model, x, use_reentrant=reentrant).square().sum()
+        loss.backward()
+        return x.grad
+
+    on = of(a)
+    torch.testing.assert_close(of(a, off=True), of(base))
+    torch.testing.assert_close(of(a), on)
 
 
 def test_a_compilation_in_another_thread_is_not_ours(monkeypatch) -> None:  # type: ignore[no-untyped-def]
