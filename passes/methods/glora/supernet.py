@@ -44,6 +44,8 @@ def supernet_sites(model: nn.Module, name: str = "default") -> dict[str, Adapter
 
 
 def _checked(paths: Paths, sites: Mapping[str, AdapterTensors], what: str) -> dict[str, GLoRAPath]:
+    if not isinstance(paths, Mapping):
+        raise AdapterError(f"{what}({paths!r}): give a path for every site, as {{site: GLoRAPath(...)}}")
     if unknown := [site for site in paths if site not in sites]:
         close = near_misses(unknown[0], sites, 3)
         raise AdapterError(f"{what}: {listing(unknown)} is no supernet site of this model; close are {listing(close)}")

@@ -251,6 +251,8 @@ def test_fix_paths_checks_and_keeps_the_rest(supernet):
         fix_paths(supernet, {"layers.0": PATHS[7]})
     with pytest.raises(fg.AdapterError, match=r"layers\.9.*close"):
         fix_paths(supernet, {**paths, "layers.9": PATHS[7]})
+    with pytest.raises(fg.AdapterError, match=r"a path for every site"):
+        fix_paths(supernet, PATHS[7])
     with pytest.raises(fg.SpecError, match="GLoRAPath"):
         fix_paths(supernet, {**paths, "layers.1": "lora"})
     with pytest.raises(fg.AdapterError, match="supernet"):
