@@ -12,6 +12,7 @@ from .base_names import lookup
 from .errors import AdapterError, listing
 from .grafted_class import base_class
 from .state import ModelState
+from .targeting.patterns import inside
 
 
 def _linear_in_parameters(module: nn.Module) -> bool:
@@ -94,4 +95,4 @@ def check_together(root: nn.Module, state: ModelState, weights: Mapping[str, flo
 
 
 def _inside(path: str, module: str) -> bool:
-    return path == module or path.startswith(f"{module}." if module else "")
+    return not module or inside(path, (module,))

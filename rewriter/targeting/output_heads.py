@@ -30,9 +30,10 @@ def output_heads(model: nn.Module) -> set[str]:
     if callable(get_output_embeddings):
         try:
             head = get_output_embeddings()
-            heads.add(paths.get(id(unwrap(head))) if isinstance(head, nn.Module) else None)
-        except (NotImplementedError, AttributeError):
-            heads.discard(None)  # transformers raises these for models without one
+        except (NotImplementedError, AttributeError):  # transformers raises these for models without one
+            head = None
+        if isinstance(head, nn.Module):
+            heads.add(paths.get(id(unwrap(head))))
     embeddings = {path for path, m in modules.items() if isinstance(m, nn.Embedding)}
     for name, names in tied_names(model).items():
         owner, _, _ = name.rpartition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ Truth = Callable[..., Arrays]
 Run = tuple[str, Truth, dict[str, torch.Tensor]]
 
 
-class Plan:
+class Plan(abc.ABC):
     """What the modes have in common. `module` is traced, `truth` runs on the example, `base` is the base model."""
 
     module: torch.nn.Module
@@ -39,16 +40,16 @@ class Plan:
         """Turn adapter tensors into inputs, before the optimizer runs. `ids` is a bank's input for the slots."""
         return {}
 
-    def close(self, model: Any) -> None:
+    def close(self, model: Any) -> None:  # noqa: B027 (most modes have nothing to undo)
         """Undo, behind the optimizer, what `open` did for its sake only."""
 
     def about(self) -> dict[str, Any]:
         """What the manifest says of the mode."""
         return {}
 
+    @abc.abstractmethod
     def runs(self, step: int, tensors: Inputs) -> Iterator[Run]:
         """The comparisons to make on these inputs; `step` from 0 up asks for adapters of other sizes."""
-        raise NotImplementedError
 
     def probes(self, tensors: Inputs) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Runs that need nothing but the graph itself, and the `adapter_ids` they feed beside the inputs."""
