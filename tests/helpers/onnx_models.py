@@ -26,6 +26,18 @@ class Classifier(nn.Module):
         return {"scores": self.head(hidden), "hidden": hidden}
 
 
+class Fused(nn.Module):
+    """One weight for three products."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.out(q * k + v)
+
+
 def classifier(seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
     return Classifier().eval()

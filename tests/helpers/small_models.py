@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import fxgraft as fg
+
 
 class MLP(nn.Module):
     """Rectangular, with and without bias."""
@@ -25,6 +27,15 @@ def perturb(model: nn.Module, scale: float = 0.1) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * scale)
+    return model
+
+
+def noisy(model: nn.Module, name: str, seed: int) -> nn.Module:
+    """Give one adapter random values of its own, the same for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in fg.adapter_state(model, name).values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
     return model
 
 

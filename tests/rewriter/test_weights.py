@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from methods import MERGEABLE, METHODS, graft
+from small_models import noisy
 from torch import nn
 
 import fxgraft as fg
@@ -25,14 +26,6 @@ def close(got: torch.Tensor, want: torch.Tensor, method: str = "") -> None:
 def mlp(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(10, 14), nn.Tanh(), nn.Linear(14, 8), nn.Linear(8, 3)).to(dtype).eval()
-
-
-def noisy(model: nn.Module, name: str, seed: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in fg.adapter_state(model, name).values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-    return model
 
 
 def two(method: fg.LoRA, base: nn.Module | None = None, targets=("0", "2"), second: fg.LoRA | None = None) -> nn.Module:  # type: ignore[no-untyped-def]

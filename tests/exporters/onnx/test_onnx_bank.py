@@ -125,17 +125,8 @@ def test_names_follow_the_sites(tmp_path):
 
 
 def test_parts_of_a_fused_weight(tmp_path):
-    class Fused(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv, self.out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 4)
-
-        def forward(self, x):
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
-            return self.out(q * k + v)
-
     torch.manual_seed(0)
-    base = Fused().eval()
+    base = models.Fused().eval()
     for method in (fg.LoRA(rank=2), fg.HydraLoRA(rank=2, experts=2)):
         own = tenants(base, method, 2, [fg.Target("qkv", parts=3, select=(0, 2))], ())
         banked = fg.bank(base, own)

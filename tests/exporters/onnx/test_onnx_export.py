@@ -179,17 +179,8 @@ def test_a_head_with_zero_bias_can_still_be_swapped(tmp_path):
 
 
 def test_a_slice_of_a_fused_weight_is_a_site_of_its_own(tmp_path):
-    class Fused(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv, self.out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 4)
-
-        def forward(self, x):
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
-            return self.out(q * k + v)
-
     torch.manual_seed(0)
-    adapted = models.graft(Fused().eval(), [fg.Target("qkv", parts=3, select=(0, 2))])
+    adapted = models.graft(models.Fused().eval(), [fg.Target("qkv", parts=3, select=(0, 2))])
     export = export_onnx(adapted, tmp_path / "m.onnx", (torch.randn(2, 5, 8),), adapters="swappable")
     assert len(export.adapter_inputs) == 4
     assert next(shape for name, shape in export.adapter_inputs.items() if name.endswith(".B"))[1] == 8

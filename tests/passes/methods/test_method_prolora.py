@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from one_layer import Net, graft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -28,27 +29,6 @@ CASES = [  # in, out, rank, unshared, a_chunks, b_chunks
     (7, 9, 4, 4, 3, 3),  # all unshared
     (16, 16, 5, 1, 1, 1),  # one chunk: nothing is shared
 ]
-
-
-class Net(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-def graft(layer, method, seed=0):
-    """A model with one adapted site and its adapter's state, filled with random values."""
-    adapted = fg.rewrite(Net(layer), fg.Spec(method, targets=["layer"]))
-    generator = torch.Generator().manual_seed(seed)
-    state = {
-        k: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
-        for k, t in fg.adapter_state(adapted).items()
-    }
-    fg.swap(adapted, state)
-    return adapted, state
 
 
 def oracle_factors(state, inside, outside, method):

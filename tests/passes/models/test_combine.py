@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 import torch
 from methods import LOW_RANK, graft
+from small_models import noisy
 from torch import nn
 
 import fxgraft as fg
@@ -31,14 +32,6 @@ class MLP(nn.Module):
 def base() -> MLP:
     torch.manual_seed(0)
     return MLP()
-
-
-def noisy(model: nn.Module, name: str, seed: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in fg.adapter_state(model, name).values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-    return model
 
 
 def adapted(methods: dict[str, fg.LoRA], model: nn.Module | None = None, **spec) -> nn.Module:  # type: ignore[no-untyped-def]

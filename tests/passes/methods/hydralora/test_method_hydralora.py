@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from one_layer import Net, graft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,26 +15,6 @@ from fxgraft.passes.methods.hydralora.hydralora import HydraLoRA, expert_dropout
 from fxgraft.passes.methods.low_rank_factors import linear_factors
 
 torch.set_num_threads(1)
-
-
-class Net(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-def graft(layer, method, seed=0):
-    adapted = fg.rewrite(Net(layer), fg.Spec(method, targets=["layer"]))
-    generator = torch.Generator().manual_seed(seed)
-    state = {
-        k: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
-        for k, t in fg.adapter_state(adapted).items()
-    }
-    fg.swap(adapted, state)
-    return adapted, state
 
 
 def oracle(x, masks, state, method):
