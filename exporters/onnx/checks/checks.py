@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....backends.artifact.parity import Parity, floor_of, hold, sizes_of, tolerance_of
+from ....backends.artifact.parity import Parity, floor_of, hold, noise_of, sizes_of, tolerance_of
 from ....backends.artifact.random_inputs import fresh
 from ....backends.artifact.signature import Axes, Example, other_sizes
 from ....rewriter.errors import ExportError, ParityError
@@ -20,6 +20,7 @@ from .ort_graph import CheckGraph, Inputs
 from .record import Record
 
 _SAMPLES = 64  # values kept of every output of a probe
+_OTHERS = 4  # inputs that tell how far torch itself is from the float64 result, and how large that is
 _NO_INTEGERS = "the model takes no random integers: compared with those of the example, in its sizes alone"
 
 
@@ -76,16 +77,27 @@ def compare(
     largest value where the user gave one, else judged as `parity.hold` does. Raises `ParityError`."""
     for label, truth, feeds in plan.runs(step, tensors):
 
-        def wide(truth: Truth = truth) -> Mapping[str, np.ndarray] | None:
+        def wide(truth: Truth = truth, tensors: Inputs = tensors) -> Mapping[str, np.ndarray] | None:
             try:
                 return truth(record.arguments(tensors), torch.float64)
             except ExportError:  # an operator without a float64 kernel, or code that asks for a dtype by name
                 return None
 
+        def noise(truth: Truth = truth) -> dict[str, tuple[float, float]]:
+            largest: dict[str, tuple[float, float]] = {}
+            for others in record.like(tensors, _OTHERS):
+                right = wide(truth, others)
+                if right is not None:
+                    for name, (off, size) in noise_of(truth(record.arguments(others)), right).items():
+                        before = largest.get(name, (0.0, 0.0))
+                        largest[name] = max(off, before[0]), max(size, before[1])
+            return largest
+
         where, expected = f"{case}, {label}", truth(record.arguments(tensors))
         limit, known = (floor_of(plan.module), wide) if tolerance is None else (tolerance, None)
         got = graph.compute(where, tensors, feeds)
-        yield hold(got, expected, "onnxruntime", where, sizes_of(tensors), limit, known, tolerance_of(plan.module))
+        otherwise = tolerance_of(plan.module)
+        yield hold(got, expected, "onnxruntime", where, sizes_of(tensors), limit, known, otherwise, noise)
 
 
 def probe(graph: CheckGraph, case: str, inputs: Inputs) -> dict[str, Any]:

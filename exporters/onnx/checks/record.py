@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ class Record:
     def draw(self, sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
         """Random inputs like the example's, on the CPU."""
         return draw(self.inputs, self.axes, sizes, seed)
+
+    def like(self, tensors: Mapping[str, torch.Tensor], count: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Random inputs in the sizes of these, where they are."""
+        sizes = {label: tensors[name].shape[axis] for name, named in self.axes.items() for axis, label in named.items()}
+        for seed in range(count):
+            yield {name: tensor.to(tensors[name].device) for name, tensor in self.draw(sizes, seed).items()}
 
     def arguments(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """A model's arguments, copies all."""

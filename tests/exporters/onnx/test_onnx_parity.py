@@ -65,6 +65,32 @@ def test_the_rule():
         hold({"y": np.array([1.2, 0.5])}, {"y": np.array([0.9, 0.5])}, "it", "case", "", 2e-6, lambda: truth)
 
 
+def test_luck_on_one_input_condemns_nobody():
+    truth, torchs = {"y": np.array([1.0])}, {"y": np.array([1.0 + 1e-6])}
+    other = {"y": np.array([1.0 - 2e-4])}
+
+    def held(noise, got=other):
+        return hold(got, torchs, "it", "case", "", 2e-6, lambda: truth, noise=lambda: {"y": noise})
+
+    with pytest.raises(ParityError, match="torch is 1e-05"):
+        held((1e-5, 1.0))
+    assert held((3e-5, 1.0)).torch_error == pytest.approx(3e-5)
+    # An output that is small by luck: a fifth of it is nothing of what the outputs usually are.
+    fifth = {"y": np.array([1.2])}
+    with pytest.raises(ParityError, match=r"may be 0\.1 "):
+        held((0.5, 1.0), fifth)
+    assert held((0.5, 50.0), fifth).error == pytest.approx(0.2 / 50)
+    with pytest.raises(ParityError):
+        held((1e-3, 50.0), fifth)
+
+
+@pytest.mark.parametrize("seed", [187503199, 6, 14])
+def test_one_small_number_is_judged_by_more_than_one_draw(adapted, tmp_path, seed):
+    # One row of two equal numbers: torch may hit the truth (the first seed), or they may be nearly zero (the others).
+    fg.export_onnx(adapted, tmp_path / "m.onnx", (X,), adapters="swappable", check=False)
+    assert fg.verify(tmp_path / "m.onnx", adapted, seed=seed).parity
+
+
 def planted(monkeypatch, name, change):
     """The next graph is written with one weight changed."""
     save = save_graph.save
