@@ -17,6 +17,7 @@ from .method import Method
 from .sites import NoMatch, Site
 from .spec import ALL_LINEAR, Spec, Target
 from .state import Tie, find_state
+from .targeting.no_products import refused_weights, why_none
 from .targeting.output_heads import output_heads
 from .targeting.patterns import inside, is_name, matches, no_match
 from .targeting.train_targets import check_ties, modules_to_train, ties_of
@@ -49,6 +50,8 @@ def _select(
         else:
             hits = [name for name in candidates if matches(name, pattern)]
             others = [n for n in modules if n and matches(n, pattern) and n not in candidates]
+            if not hits or is_name(pattern):
+                _refuse_kinds(pattern, modules)
             if others and (not hits or is_name(pattern)):
                 kinds = ", ".join(f"{n!r} is a {base_class(modules[n]).__name__}" for n in others[:4])
                 inner = [n for n in candidates if n.startswith(others[0] + ".")]
@@ -76,6 +79,15 @@ def _select(
     if not chosen:
         raise TargetError(f"targets {list(spec.targets)} are all taken out again by exclude {list(spec.exclude)}")
     return chosen
+
+
+def _refuse_kinds(pattern: str, modules: Mapping[str, nn.Module]) -> None:
+    """Raise where a pattern names a module without products, or a weight of one."""
+    for name, module in refused_weights(modules):
+        if matches(name, pattern):
+            raise TargetError(
+                f"{name!r} (target {pattern!r}) cannot be adapted: {base_class(module).__name__}: {why_none(module)}"
+            )
 
 
 def resolve(model: nn.Module, spec: Spec) -> Resolution:

@@ -14,8 +14,7 @@ from ..errors import CaptureError, TargetError
 from ..grafted_class import base_class, plain_view
 from ..sites import NoMatch, Site
 from ..spec import Target
-
-_NOT_LINEAR = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+from .no_products import WITHOUT_PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Candidate:
 def candidates_of(modules: Mapping[str, nn.Module]) -> dict[str, Candidate]:
     found = {}
     for path, module in modules.items():
-        if isinstance(module, _NOT_LINEAR):
+        if isinstance(module, (nn.Embedding, *WITHOUT_PRODUCTS)):
             continue
         for attribute, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() == 2:
