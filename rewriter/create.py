@@ -77,11 +77,6 @@ def graft_adapter(
     modules = grafted_modules(adapted)
     for group in groups:
         for site in group.sites:
-            if site.host is not None and group.method.inputs:
-                raise SpecError(
-                    f"{site.name!r}: its product is in the forward of {site.host or 'the root'!r}, which never calls "
-                    "it, so a bank cannot tell which rows are whose there"
-                )
             without = site.host is not None or bias_slot(modules[site.owner], site) is None
             if site.bias is None and without and (instead := group.method.adds_bias(site)) is not None:
                 raise SpecError(

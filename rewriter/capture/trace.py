@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, listing
+from .multihead_attention import attention_graph, is_attention
 from .observation import Observation, is_bookkeeping, protected
 from .reads import Read
 from .surroundings import Surroundings
@@ -138,6 +139,9 @@ def trace(module: nn.Module) -> Trace:
             "remove the hook before rewriting"
         )
     structure = _structure(module)
+    if is_attention(module):
+        out = module._modules["out_proj"]
+        structure += (None if out is None else tuple(n for n, p in out._parameters.items() if p is not None),)
     with _lock:
         for known in _traces.get(structure, ()):
             if known.fits(module):
@@ -151,6 +155,8 @@ def trace(module: nn.Module) -> Trace:
 
 
 def _make(module: nn.Module, structure: tuple[Any, ...]) -> Trace:
+    if is_attention(module):
+        return Trace(attention_graph(module), structure)
     graphs, reads = [], {}
     for training in (False, True):
         graph, found = _run(module, training)

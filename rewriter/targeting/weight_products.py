@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ..analysis.linear_products import LinearNode, find_linears
+from ..capture.multihead_attention import is_attention
 from ..capture.parent_reads import reader_of
 from ..capture.trace import trace
 from ..errors import CaptureError, TargetError
@@ -42,12 +43,10 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
     """The product a candidate takes part in, from the trace of its owner alone."""
     owner = model_modules[candidate.owner]
     parent = model_modules.get(candidate.owner.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return NoMatch(
-            "nn.MultiheadAttention reads this weight without calling the layer: an adapter on it would be "
-            "silently skipped; use separate projections"
-        )
-    reader = reader_of(model_modules, candidate.owner, candidate.attribute)
+    if parent is not None and is_attention(plain_view(parent)):
+        reader: str | None = candidate.owner.rpartition(".")[0]
+    else:
+        reader = reader_of(model_modules, candidate.owner, candidate.attribute)
     if reader is not None:
         return _hosted(model_modules, candidate, reader)
     base = base_class(owner)

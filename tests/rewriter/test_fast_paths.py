@@ -45,6 +45,8 @@ def inputs():
 SPECS = {
     "linear1": fg.Spec(LORA, ["linear1"]),
     "one layer": fg.Spec(LORA, ["stack.layers.0.linear2"]),
+    "attention": fg.Spec(LORA, ["in_proj_weight", "out_proj"]),
+    "one attention": fg.Spec(LORA, ["stack.layers.1.self_attn.in_proj_weight", "alone.self_attn.out_proj"]),
     "trained": fg.Spec(LORA, ["alone.linear1"], train=["stack.layers.1.self_attn", "stack.layers.0.norm1"]),
     "trained out_proj": fg.Spec(LORA, ["alone.linear1"], train=["out_proj"]),
 }
@@ -95,12 +97,7 @@ def test_switching_between_adapters_in_other_layers(inputs):
 def test_a_transformer_with_decoder(inputs):
     x, _ = inputs
     model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True).eval()
-    adapted = perturb(fg.rewrite(model, fg.Spec(LORA, ["linear1", "linear2"])))
+    adapted = perturb(fg.rewrite(model, fg.Spec(LORA, ["linear1", "linear2", "in_proj_weight", "out_proj"])))
     with torch.no_grad():
         torch.testing.assert_close(adapted(x, x), fg.merge(adapted)(x, x))
         assert not torch.allclose(adapted(x, x), model(x, x), atol=1e-3)
-
-
-def test_the_projection_of_an_attention_is_refused():
-    with pytest.raises(fg.TargetError, match="MultiheadAttention reads this weight"):
-        fg.rewrite(Model(), fg.Spec(LORA, ["out_proj"]))

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from methods import BIAS_FREE, MERGEABLE, graft
+from methods import BANKED, BIAS_FREE, MERGEABLE, graft
 from small_models import perturb
 from torch import nn
 
@@ -147,14 +147,24 @@ def test_what_a_product_of_the_parent_cannot_be(tmp_path):
     adapted = perturb(fg.rewrite(model, fg.Spec(LORA, ["q"])))
     with pytest.raises(fg.CheckpointError, match="without calling them"):
         fg.save_adapter(adapted, tmp_path, format="peft")
-    with pytest.raises(fg.FxgraftError, match="whose"):
-        fg.bank(adapted, {"a": adapted})
     with pytest.raises(fg.SpecError, match="bias"):
         no_bias = GLORA_BIAS
         fg.rewrite(Transposed("never"), fg.Spec(no_bias, ["q"]))
 
 
 GLORA_BIAS = fg.GLoRA(rank=2, path=fg.GLoRAPath("lora", "vector", "none", "none", "vector"))
+
+
+@pytest.mark.parametrize("method", BANKED.values(), ids=BANKED)
+def test_a_bank_over_a_product_of_the_parent(method):
+    model, x = nn.Sequential(Product("never"), nn.Tanh(), Product("never")).double(), torch.randn(3, 5, 4).double()
+    spec = fg.Spec(method, ["q", "out"])
+    tenants = {name: perturb(graft(model, spec)) for name in "ab"}
+    banked = fg.bank(model, tenants, spec=spec)
+    got = banked(x, adapter_ids=fg.adapter_ids(banked, ["b", None, "a"]))
+    for row, one in enumerate((tenants["b"], model, tenants["a"])):
+        torch.testing.assert_close(got[row], one(x)[row])
+    assert not torch.allclose(got[0], model(x)[0], atol=1e-3)
 
 
 def test_onnx_of_a_product_of_the_parent(tmp_path):
