@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from .calls.call_values import current
+from .dialect import is_dialect, traits_of
+from .errors import SpecError
 from .sites import Site
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
@@ -45,7 +48,7 @@ class Emitter:
     Attributes:
         graph: the graph being edited; the insertion point is right behind the site's product.
         site: the site; method: the method's key, for the provenance of nodes.
-        x: the input `(..., in)`; y: the output so far `(..., out)` of this site's part.
+        x: the input, `(..., in)` of a plain product; y: the output so far, `(..., out)` there, of this site's part.
         weighted: the delta is multiplied by a weight in `add`; such an adapter cannot take the product's place.
     """
 
@@ -61,8 +64,35 @@ class Emitter:
         return node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call of an operator or a function."""
+        """A call of an operator or a function.
+
+        An operator of the dialect takes x first and gives the delta. Where the product is not plain it stands there
+        as its halves, or on the rows of x.
+
+        Raises:
+            SpecError: it has no halves, and the product no rows.
+        """
+        if not self.site.product.plain and (is_dialect(target) or traits_of(target).halves is not None):
+            return self._beside(target, args)
+        return self._call(target, *args, **kwargs)
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self._mark(self.graph.call_function(target, args, kwargs))
+
+    def _beside(self, target: Any, args: Sequence[Any]) -> fx.Node:
+        """`op(x, *rest)` -> `up(product(x, down(*rest)), *rest)` -> the delta in the layout of the product's result."""
+        product, halves = self.site.product, traits_of(target).halves
+        inputs = 1 if halves is None else halves.inputs
+        x, rest = args[0], args[inputs:]
+        if halves is not None and all(given is x for given in args[:inputs]):
+            z = product.down(self._call, x, self._call(halves.down, *rest))
+            if halves.across is not None:
+                return product.up(self._call, z, self._call(halves.across, *rest))
+            return product.unrolled(self._call, self._call(halves.up, product.last(self._call, z), *rest))
+        rows = [product.rows(self._call, given) for given in args[:inputs]]
+        if any(node is None for node in rows):
+            raise SpecError(f"{self.site.name!r} cannot be adapted: {product.refusal(str(target))}")
+        return product.unrolled(self._call, self._call(target, *rows, *rest))
 
     def tensor(self, name: str) -> fx.Node:
         """A tensor of this site."""
@@ -80,13 +110,13 @@ class Emitter:
     def y(self) -> fx.Node:
         if self.site.whole:
             return self._output
-        return self.call(torch.narrow, self._output, -1, self.site.offset, self.site.out_features)
+        product, site = self.site.product, self.site
+        return self._call(torch.narrow, self._output, product.channel, site.offset, site.out_features)
 
     def weight(self) -> fx.Node:
         """The base weight of this site in linear layout `(out, in)`."""
         node = self._mark(self.graph.get_attr(self.site.weight))
-        if self.site.contracted == 0:
-            node = self.call(torch.t, node)
+        node = self.site.product.matrix_node(self._call, node)
         if not self.site.whole:
             node = self.call(torch.narrow, node, 0, self.site.offset, self.site.out_features)
         return node

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from .analysis.linear_products import find_linears
 from .emitter import Emitter
 from .errors import CaptureError
 from .method import Method
+from .products.find import find_products
 from .sites import NoMatch, Site
 
 
@@ -26,7 +26,7 @@ def graft_graph(
     output = result.graph_copy(graph, copied)
     result.output(output)
     result.set_codegen(graph._codegen)
-    found = find_linears(result, parameters)
+    found = find_products(result, parameters)
     replaced: dict[fx.Node, fx.Node] = {}
 
     def current(node: fx.Node) -> fx.Node:
@@ -36,14 +36,14 @@ def graft_graph(
         return node
 
     for slot, (site, method, weighted) in enumerate(adapters):
-        linears = found.get(site.weight, NoMatch(f"no parameter {site.weight!r}"))
-        if isinstance(linears, NoMatch):
-            raise CaptureError(f"{site.name!r} cannot be adapted: {linears.reason}")
-        for linear in linears:
-            y = current(linear.node)
+        products = found.get(site.weight, NoMatch(f"no parameter {site.weight!r}"))
+        if isinstance(products, NoMatch):
+            raise CaptureError(f"{site.name!r} cannot be adapted: {products.reason}")
+        for product in products:
+            y = current(product.node)
             before = set(result.nodes)
             with result.inserting_before(y.next):
-                new = method.emit(Emitter(result, site, current(linear.x), y, slot, method.key, weighted))
+                new = method.emit(Emitter(result, site, current(product.x), y, slot, method.key, weighted))
             made = set(result.nodes) - before
             if new is not y:
                 y.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made)  # noqa: B023 (called at once)

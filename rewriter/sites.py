@@ -7,13 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .products.product import NoMatch, Product
 
-@dataclass(frozen=True)
-class NoMatch:
-    """Why a node (or a tensor) is not a site."""
-
-    reason: str
-    node: str = ""
+__all__ = ["NoMatch", "Site"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Site:
         weight: the weight's attribute name in the owner.
         bias: the bias' attribute name, or None.
         in_features, out_features: lengths of the contracted and the produced dimension (of the part).
-        contracted: index of the contracted dimension in the stored weight.
+        product: how the model multiplies with the weight.
         offset: where the part starts in the produced dimension; 0 for a whole weight.
         part, parts: which of how many equal parts of the produced dimension; `0, 1` is the whole weight.
         dtype, device: of the weight.
@@ -42,7 +38,7 @@ class Site:
     bias: str | None
     in_features: int
     out_features: int
-    contracted: int
+    product: Product
     offset: int
     part: int
     parts: int
@@ -82,6 +78,13 @@ class Site:
         return replace(self, weight=f"{self.within}.{self.weight}", bias=bias)
 
     def linear_layout(self, weight: Tensor) -> Tensor:
-        """A view `(out, in)` of this site's part of the stored weight."""
-        view = weight if self.contracted == 1 else weight.t()
-        return view.narrow(0, self.offset, self.out_features)
+        """This site's part of the stored weight as `(out, in)`: a view where the weight's memory allows."""
+        return self.product.matrix(weight).narrow(0, self.offset, self.out_features)
+
+    def put(self, weight: Tensor, values: Tensor) -> None:
+        """Write `(out, in)` into this site's part of the stored weight."""
+        self.product.put(weight, self.offset, values)
+
+    def produced(self, weight: Tensor) -> int:
+        """How many features the whole weight produces."""
+        return self.product.matrix(weight).shape[0]

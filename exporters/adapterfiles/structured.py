@@ -23,6 +23,7 @@ from ...passes.models.opened import read_form
 from ...rewriter.errors import CheckpointError, MergeError, SpecError, listing
 from ...rewriter.method import Decl, Declaration, Method, Tensors, method_from_dict
 from ...rewriter.modules.wrappers import unwrap
+from ...rewriter.products.linear import LINEAR
 from ...rewriter.sites import Site
 from ...rewriter.state import record_of
 from ...rewriter.tensors import adapter_modules, trained_modules
@@ -198,5 +199,5 @@ def _site(name: str, out_features: int, in_features: int, dtype: str) -> Site:
     if [type(size) for size in (out_features, in_features)] != [int, int] or min(out_features, in_features) < 1:
         raise ValueError(f"site {name!r} is {out_features!r} x {in_features!r}")
     return Site(
-        name, name, "weight", None, in_features, out_features, 1, 0, 0, 1, kind, torch.device("cpu"), "linear"
+        name, name, "weight", None, in_features, out_features, LINEAR, 0, 0, 1, kind, torch.device("cpu"), "linear"
     )  # fmt: skip

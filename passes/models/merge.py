@@ -190,8 +190,10 @@ def _fold_weight(
         if not torch.isfinite(merged).all() or (new_bias is not None and not torch.isfinite(new_bias).all()):
             where = "the base weight" if not torch.isfinite(base_part).all() else f"adapter {name!r}"
             raise MergeError(f"{site.name!r}: {where} has NaN or infinite values; nothing was merged")
-        part = site.linear_layout(weight)
-        part.copy_(merged if index == 0 and factor == 1 else part + factor * (merged - base_part))
+        part = merged
+        if index > 0 or factor != 1:
+            part = site.linear_layout(weight) + factor * (merged - base_part)
+        site.put(weight, part)
         if new_bias is not None and new_bias is not base_bias_part:
             if bias is None:
                 bias_name = bias_slot(owner, first)
@@ -200,7 +202,7 @@ def _fold_weight(
                         f"{site.name!r}: adapter {name!r} adds a bias, and {type(owner).__name__} has no empty bias "
                         "that its forward adds to this product"
                     )
-                bias = weight.new_zeros(weight.shape[1 - site.contracted])
+                bias = weight.new_zeros(site.produced(weight))
             bias[span] += factor * (new_bias if base_bias_part is None else new_bias - base_bias_part)
             bias_changed = True
     for key, value, base in ((attribute, weight, stored), (bias_name, bias if bias_changed else None, base_bias)):

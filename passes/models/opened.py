@@ -105,7 +105,7 @@ def _site_at(root: nn.Module, name: str, path: str) -> Site:
 
 def _bias(owner: nn.Module, weight: Tensor, site: Site) -> Tensor:
     own = owner._parameters["bias"]
-    return weight.new_zeros(weight.shape[1 - site.contracted]) if own is None else own.detach()
+    return weight.new_zeros(site.produced(weight)) if own is None else own.detach()
 
 
 def base_weights(base: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..adapter_tensors import Container
-from ..analysis.linear_products import LinearNode, find_linears
 from ..analysis.memory import erase_unread
 from ..calls.disabled import is_off
 from ..errors import CaptureError
 from ..grafted_class import BASE, Grafted, plain_view, renew_class
+from ..products.find import find_products
+from ..products.linear import Linear
+from ..products.product import ProductNode
 from ..sites import NoMatch
 from ..state import STATE
 from .skeleton import copy_skeleton
@@ -99,7 +101,7 @@ def _rebuild(rebuild: Any, arguments: Any, unnamed: dict[str, Any]) -> fx.GraphM
     return _attach(AdaptableGraphModule(gm, gm.graph), unnamed)
 
 
-def _owner_path(linear: LinearNode) -> str | None:
+def _owner_path(linear: ProductNode) -> str | None:
     """The module path of a weight with a bias (if any) of the same module."""
     path, _, _ = linear.weight_name.rpartition(".")
     if not path:
@@ -117,7 +119,7 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
         warnings.simplefilter("ignore", FutureWarning)
         result = copy_skeleton(gm)
     parameters = dict(result.named_parameters(remove_duplicate=False))
-    found = find_linears(result.graph, parameters)
+    found = find_products(result.graph, parameters)
     outlined: dict[fx.Node, fx.Node] = {}
     orphans: list[fx.Node] = []
     for linears in found.values():
@@ -128,6 +130,8 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         holder = result.get_submodule(path)
         first = linears[0]
+        if not isinstance(first.product, Linear):
+            continue
         weight = first.weight_name.rpartition(".")[2]
         bias = None  # `x @ W + b` keeps its own sum
         if first.form != "matmul" and first.bias_name is not None:
@@ -136,7 +140,7 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
         if held != {weight} | ({bias} - {None}) or holder._modules or type(holder) is OutlinedLinear:
             continue
         parent, _, leaf = path.rpartition(".")
-        layer = OutlinedLinear(weight, bias, first.contracted)
+        layer = OutlinedLinear(weight, bias, first.product.contracted)
         for name in holder._parameters:  # in the order of the keys
             layer.register_parameter(name, holder._parameters[name])
         layer.register_parameter(bias or "bias", layer._parameters.get(bias or "bias"))

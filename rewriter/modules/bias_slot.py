@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..analysis.linear_products import find_linears
 from ..capture.trace import trace
 from ..errors import CaptureError
 from ..grafted_class import plain_view
+from ..products.find import find_products
 from ..sites import NoMatch, Site
 
 
@@ -23,11 +23,11 @@ def bias_slot(owner: nn.Module, site: Site) -> str | None:
         if value is not None:
             continue
         twin = type(view).__new__(type(view))
-        filled = nn.Parameter(weight.new_empty(weight.shape[1 - site.contracted], device="meta"), requires_grad=False)
+        filled = nn.Parameter(weight.new_empty(site.produced(weight), device="meta"), requires_grad=False)
         twin.__dict__ = {**view.__dict__, "_parameters": {**view._parameters, name: filled}}
         tensors: dict[str, Tensor] = {n: p for n, p in twin._parameters.items() if p is not None}
         try:
-            products = find_linears(trace(twin).graph, tensors)[site.weight]
+            products = find_products(trace(twin).graph, tensors)[site.weight]
         except CaptureError:
             continue
         if not isinstance(products, NoMatch) and all(product.bias_name == name for product in products):

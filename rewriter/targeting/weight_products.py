@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ..analysis.linear_products import LinearNode, find_linears
 from ..capture.multihead_attention import is_attention
 from ..capture.parent_reads import reader_of
 from ..capture.trace import trace
 from ..errors import CaptureError, TargetError
 from ..grafted_class import base_class, plain_view
+from ..products.find import DIMS, find_products
+from ..products.product import ProductNode
 from ..sites import NoMatch, Site
 from ..spec import Target
 from .no_products import WITHOUT_PRODUCTS
@@ -33,13 +34,13 @@ def candidates_of(modules: Mapping[str, nn.Module]) -> dict[str, Candidate]:
         if isinstance(module, (nn.Embedding, *WITHOUT_PRODUCTS)):
             continue
         for attribute, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() == 2:
+            if parameter is not None and parameter.dim() in DIMS:
                 name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
                 found[name] = Candidate(name, path, attribute)
     return found
 
 
-def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -> LinearNode | NoMatch:
+def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -> ProductNode | NoMatch:
     """The product a candidate takes part in, from the trace of its owner alone."""
     owner = model_modules[candidate.owner]
     parent = model_modules.get(candidate.owner.rpartition(".")[0])
@@ -57,11 +58,11 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
     except CaptureError as error:
         return NoMatch(str(error))
     parameters = {n: p for n, p in owner._parameters.items() if p is not None}
-    found = find_linears(graph, parameters)[candidate.attribute]
+    found = find_products(graph, parameters)[candidate.attribute]
     return found if isinstance(found, NoMatch) else found[0]
 
 
-def _hosted(modules: Mapping[str, nn.Module], candidate: Candidate, reader: str) -> LinearNode | NoMatch:
+def _hosted(modules: Mapping[str, nn.Module], candidate: Candidate, reader: str) -> ProductNode | NoMatch:
     """The product in the graph of the module that reads the weight, where torch.fx can follow its forward."""
     host, within = modules[reader], candidate.owner[len(reader) + 1 if reader else 0 :]
     said = (
@@ -76,15 +77,15 @@ def _hosted(modules: Mapping[str, nn.Module], candidate: Candidate, reader: str)
         return NoMatch(f"{said} there, as the layer is called too")
     owner = modules[candidate.owner]
     tensors = {f"{within}.{name}": p for name, p in owner._parameters.items() if p is not None}
-    found = find_linears(graph, tensors)[f"{within}.{candidate.attribute}"]
+    found = find_products(graph, tensors)[f"{within}.{candidate.attribute}"]
     if isinstance(found, NoMatch):
         return NoMatch(f"{said}, and cannot be put into the product itself: {found.reason}")
     bias = found[0].bias_name
     return replace(found[0], bias_name=None if bias is None else bias.rpartition(".")[2], host=reader)
 
 
-def sites_of(candidate: Candidate, linear: LinearNode, weight: Tensor, target: Target | None) -> list[Site]:
-    produced = weight.shape[1 - linear.contracted]
+def sites_of(candidate: Candidate, linear: ProductNode, weight: Tensor, target: Target | None) -> list[Site]:
+    produced, contracted = linear.product.matrix(weight).shape
     parts = target.parts if target else 1
     if produced % parts:
         raise TargetError(
@@ -98,9 +99,9 @@ def sites_of(candidate: Candidate, linear: LinearNode, weight: Tensor, target: T
             owner=candidate.owner,
             weight=candidate.attribute,
             bias=linear.bias_name,
-            in_features=weight.shape[linear.contracted],
+            in_features=contracted,
             out_features=produced // parts,
-            contracted=linear.contracted,
+            product=linear.product,
             offset=part * (produced // parts),
             part=part,
             parts=parts,

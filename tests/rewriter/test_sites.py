@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxgraft.rewriter.analysis.linear_products import find_linears
 from fxgraft.rewriter.capture.trace import trace
 from fxgraft.rewriter.errors import CaptureError
+from fxgraft.rewriter.products.find import find_products
 from fxgraft.rewriter.sites import NoMatch
 
 
@@ -42,7 +42,7 @@ SPELLINGS = {
 
 
 def linears(module):
-    return find_linears(trace(module).graph, dict(module.named_parameters()))
+    return find_products(trace(module).graph, dict(module.named_parameters()))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -50,8 +50,8 @@ def test_every_spelling_is_a_site_with_roles(spelling):
     how, shape, contracted, form = SPELLINGS[spelling]
     module = Spelling(how, shape, bias=5)
     (found,) = linears(module)["w"]
-    assert (found.contracted, found.form) == (contracted, form)
-    assert module.w.shape[found.contracted] == 7 and module.w.shape[1 - found.contracted] == 5
+    assert (found.product.contracted, found.form) == (contracted, form)
+    assert module.w.shape[found.product.contracted] == 7 and module.w.shape[1 - found.product.contracted] == 5
     reads_bias = "m.b" in SPELLINGS[spelling][0].__code__.co_names or "b" in SPELLINGS[spelling][0].__code__.co_names
     assert found.bias_name == ("b" if reads_bias else None)
 
@@ -77,7 +77,7 @@ def test_non_matches_say_why(case):
 def test_conv1d_is_in_by_out(gpt2):
     conv1d = gpt2.transformer.h[0].attn.c_attn
     (found,) = linears(conv1d)["weight"]
-    assert (found.form, found.contracted, found.bias_name) == ("addmm", 0, "bias")
+    assert (found.form, found.product.contracted, found.bias_name) == ("addmm", 0, "bias")
 
 
 def test_one_trace_per_structure():

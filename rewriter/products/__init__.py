@@ -1,0 +1,1 @@
+"""How models multiply with their weights: what is special about a kind of product, a file each."""
