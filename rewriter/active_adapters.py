@@ -11,6 +11,7 @@ from torch import nn
 from .base_names import lookup
 from .errors import AdapterError, listing
 from .grafted_class import base_class
+from .sites import Site
 from .state import ModelState
 from .targeting.patterns import inside
 
@@ -61,7 +62,7 @@ def check_together(root: nn.Module, state: ModelState, weights: Mapping[str, flo
     trained_by: dict[str, str] = {}
     for name, weight in weights.items():
         record = state.adapters[name]
-        paths = (*record.train, *dict.fromkeys(tied.path for tied in record.ties))
+        paths = (*record.train, *dict.fromkeys(tied.path for tied in record.ties), *record.parameters)
         for path in paths:
             for other, owner in trained_by.items():
                 if _inside(path, other) or _inside(other, path):
@@ -75,6 +76,11 @@ def check_together(root: nn.Module, state: ModelState, weights: Mapping[str, flo
                     f"adapter {name!r} trains {path!r} in full, which is no single, untied linear or embedding: a "
                     f"weight of {weight} between it and the base's has no exact meaning. Give it the weight 1"
                 )
+        if weight != 1 and record.parameters:
+            raise AdapterError(
+                f"adapter {name!r} trains {listing(record.parameters)} in full: a weight of {weight} between these and "
+                "the base's has no exact meaning. Give it the weight 1"
+            )
         trained_by |= dict.fromkeys(paths, name)
     follows = {(t.path, t.attribute): (n, t.trained) for n in weights for t in state.adapters[n].ties}
     for name in weights:
@@ -86,12 +92,26 @@ def check_together(root: nn.Module, state: ModelState, weights: Mapping[str, flo
                     "only one of them can be active"
                 )
             for other in weights:
+                _check_parameters(name, site, state, other)
                 for path in state.adapters[other].train if other != name else ():
                     if _inside(site.owner, path):
                         raise AdapterError(
                             f"adapter {other!r} brings its own trained {path!r}, and adapter {name!r} adapts "
                             f"{site.name!r} of the base's: only one of them can be active"
                         )
+
+
+def _check_parameters(name: str, site: Site, state: ModelState, other: str) -> None:
+    """Raise where another adapter trains the weight under a site, or a bias that the site's method changes."""
+    record = state.adapters[name]
+    method = next(group.method for group in record.groups if site in group.sites)
+    for tensor in (site.weight, site.bias if method.adds_bias(site) else None):
+        full = f"{site.owner}.{tensor}".lstrip(".")
+        if tensor is not None and full in state.adapters[other].parameters:
+            raise AdapterError(
+                f"adapter {other!r} trains {full!r} in full, and adapter {name!r} changes the base's: only one of them "
+                "can be active"
+            )
 
 
 def _inside(path: str, module: str) -> bool:

@@ -13,6 +13,7 @@ from .sites import Site
 
 ADAPTERS = "fxgraft"  # child of every owner: its adapters by name
 TIED = "fxgraft_tied"  # plain attribute: adapter -> parameter -> (module of a trained copy, its parameter instead)
+PARAMETERS = "trained_parameters"  # child of an adapter at an owner: its copies of single parameters
 SHARED = "fxgraft_shared"  # child of the root: tensors that sites share
 
 
@@ -22,12 +23,23 @@ def adapter_child(owner: nn.Module, name: str) -> nn.Module | None:
     return None if adapters is None else adapters._modules.get(name)
 
 
+def parameter_holder(owner: nn.Module, name: str) -> TrainedParameters | None:
+    """The trained copies of single parameters that an owner has of an adapter."""
+    child = adapter_child(owner, name)
+    held = None if child is None else child._modules.get(PARAMETERS)
+    return held if isinstance(held, TrainedParameters) else None
+
+
 class Container(nn.Module):
     """A named place for adapter tensors; it computes nothing."""
 
     def forward(self, x: Any) -> Any:
         """The input: a root or a trained head that is an `nn.Sequential` calls every child it has."""
         return x
+
+
+class TrainedParameters(Container):
+    """An adapter's own copies of single parameters of one owner, under the owner's names for them."""
 
 
 class AdapterTensors(Container):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter_tensors import ADAPTERS, SHARED, AdapterTensors, Container
+from .adapter_tensors import ADAPTERS, PARAMETERS, SHARED, AdapterTensors, Container, TrainedParameters
 from .analysis.dataflow import storage_key
 from .base_names import base_modules, base_parameters, weight_at
 from .capture.parent_reads import rebind_forwards
@@ -69,7 +69,7 @@ def graft_adapter(
     groups = _group(resolution, order)
     declared = declare(groups)
     if check is not None:
-        check(plan(groups, declared, resolution.train, dict(base_modules(source))))
+        check(plan(groups, declared, resolution.train, resolution.parameters, dict(base_modules(source))))
     adapted = copy_skeleton(source)
     state = adapted.__dict__.setdefault(STATE, ModelState())
     if not state.adapters:
@@ -90,9 +90,12 @@ def graft_adapter(
     copies = _trainable_copies(modules, resolution.train, spec.keep_ties)
     for path, twin in copies.items():
         add_adapter(modules[path], name, twin)
+    _train_parameters(modules, resolution.parameters, name, spec.keep_ties)
     for tied in resolution.ties:
         tie(modules[tied.path], name, tied.attribute, copies[tied.trained], tied.name)
-    state.adapters[name] = AdapterRecord(spec, groups, resolution.train, ties=resolution.ties)
+    state.adapters[name] = AdapterRecord(
+        spec, groups, resolution.train, ties=resolution.ties, parameters=resolution.parameters
+    )
     set_active(adapted, [name])
     rebind_forwards(adapted, (modules[path] for path in state.adapters[name].owners))
     take_over_saving(adapted)
@@ -163,6 +166,26 @@ def _create(
         if initialise:
             weights = [site.linear_layout(weight_at(modules, site).detach()) for site in group.sites]
             group.method.initialise(group.sites, common, local, InitContext(weights, update))
+
+
+def _train_parameters(modules: Mapping[str, nn.Module], names: Sequence[str], adapter: str, keep_ties: bool) -> None:
+    """Give the owners of single parameters copies to train, which stand for them while the adapter is active."""
+    first: dict[tuple[object, ...], nn.Parameter] = {}
+    holders: dict[str, TrainedParameters] = {}
+    for full in names:
+        path, _, attribute = full.rpartition(".")
+        own = modules[path]._parameters[attribute]
+        assert own is not None
+        copied = first.get(storage_key(own)) if keep_ties else None
+        if copied is None:
+            copied = nn.Parameter(own.detach().clone())
+            first[storage_key(own)] = copied
+        holder = holders.setdefault(path, TrainedParameters())
+        holder.register_parameter(attribute, copied)
+    for path, holder in holders.items():
+        add_adapter(modules[path], adapter, holder, PARAMETERS)
+        for attribute in holder._parameters:
+            tie(modules[path], adapter, attribute, holder, attribute)
 
 
 def _trainable_copies(modules: Mapping[str, nn.Module], paths: Sequence[str], keep_ties: bool) -> dict[str, nn.Module]:

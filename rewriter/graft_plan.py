@@ -44,7 +44,11 @@ def declare(groups: Sequence[Group]) -> list[Declaration]:
 
 
 def plan(
-    groups: Sequence[Group], declared: Sequence[Declaration], train: Sequence[str], modules: Mapping[str, nn.Module]
+    groups: Sequence[Group],
+    declared: Sequence[Declaration],
+    train: Sequence[str],
+    parameters: Sequence[str],
+    modules: Mapping[str, nn.Module],
 ) -> Plan:
     shapes: dict[str, Shape] = {}
     derived = 0
@@ -58,4 +62,7 @@ def plan(
         module = modules[path]
         module = plain_view(module) if ADAPTERS in module._modules else module
         shapes.update({f"{path}.{n}": tuple(t.shape) for n, t in module.state_dict(keep_vars=True).items()})
+    for name in parameters:
+        path, _, leaf = name.rpartition(".")
+        shapes[name] = tuple(modules[path]._parameters[leaf].shape)  # type: ignore[union-attr]
     return Plan(tuple(site for group in groups for site in group.sites), shapes, derived)

@@ -186,12 +186,12 @@ def class_for(
     """The class that computes an owner with these slots; `weights` says which of them are weighted."""
     base, fused = base_class(owner), owner.__dict__.get(FUSED)
     unfused = {} if fused is None else {fused[0]: only_off(*fused)}
+    held = tuple((name, leaf) for name, (_, leaf) in follows.items())
+    tied = {name: followed(name) for name, _ in held}
     if slots and not isinstance(slots[0], AdapterTensors):
         names, namespace = retrained(base, owner, 0 in weights)
         return _class((base, "retrained", names, 0 in weights, fused), base, {**namespace, **unfused})
     if not slots:
-        held = tuple((name, leaf) for name, (_, leaf) in follows.items())
-        tied = {name: followed(name) for name, _ in held}
         return _class((base, held, fused), base, {**plain(base), **tied, **unfused})
     view = plain_view(owner)
     traced = trace(view)
@@ -201,7 +201,7 @@ def class_for(
         (site.weight, site.bias, site.offset, site.parts, slots[index].method, index in weights)
         for index, site in enumerate(sites)
     )
-    key = (traced.signature, described)
+    key = (traced.signature, described, held)
     known = _classes.get(key)
     if known is None:
         parameters = {n: p for n, p in view._parameters.items() if p is not None}
@@ -212,7 +212,7 @@ def class_for(
         graph = graft_graph(traced.graph, parameters, adapters)  # type: ignore[arg-type]
         forward = compile_forward(graph, base, traced.reads, _renewed)
         reads = frozenset(read.path[0] for read in traced.reads if read.root is None)
-        known = _class(key, base, {"forward": forward, "fxgraft_graph": graph, "fxgraft_reads": reads})
+        known = _class(key, base, {**tied, "forward": forward, "fxgraft_graph": graph, "fxgraft_reads": reads})
         weakref.finalize(known, linecache.cache.pop, forward.__code__.co_filename, None)
     return known
 

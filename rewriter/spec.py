@@ -74,7 +74,8 @@ class Spec(Config):
             name (`"re:.*layer\\.[0-5]\\..*query"`), `"all-linear"` (every linear but the output head), or `Target` for
             parts of a fused weight. Each must match something.
         exclude: patterns taken out of the matches.
-        train: modules that are trained in full and saved with the adapter (task heads, embeddings, lists of modules).
+        train: modules that are trained in full and saved with the adapter (task heads, embeddings, lists of modules);
+            where a pattern matches no module, single parameters (`"*.bias"` is BitFit).
         keep_ties: what is tied to a parameter of a trained module (the embedding of a tied head) computes with the
             trained one too. False unties it: it keeps the base's values.
         overrides: pattern -> another method config for the matched sites; the first matching pattern counts.

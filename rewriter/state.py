@@ -49,13 +49,15 @@ class Tie:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """One named adapter: its spec as given, its resolved sites, the modules trained with it and what follows them."""
+    """One named adapter: its spec as given, its resolved sites, the modules and the single parameters trained with it,
+    and what follows them."""
 
     spec: Spec
     groups: tuple[Group, ...]
     train: tuple[str, ...]
     created_by: str = "graft"
     ties: tuple[Tie, ...] = ()
+    parameters: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> AdapterRecord:
         return self
@@ -68,7 +70,12 @@ class AdapterRecord:
     def owners(self) -> tuple[str, ...]:
         """Paths of the modules whose class the adapter changes."""
         paths = [path for site in self.sites for path in (site.owner, site.computed)]
-        return tuple(dict.fromkeys([*paths, *self.train, *(tied.path for tied in self.ties)]))
+        return tuple(dict.fromkeys([*paths, *self.train, *(tied.path for tied in self.ties), *self.holders]))
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """Paths of the modules of which the adapter trains single parameters."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.parameters))
 
 
 @dataclass
@@ -122,8 +129,9 @@ def forget_lost(model: nn.Module, name: str) -> AdapterRecord:
         groups = (Group(g.method, tuple(s for s in g.sites if s.name not in lost)) for g in record.groups)
         train = tuple(path for path in record.train if path not in lost)
         ties = tuple(tie for tie in record.ties if tie.path not in lost)
+        parameters = tuple(name for name in record.parameters if name.rpartition(".")[0] not in lost)
         kept = tuple(group for group in groups if group.sites)
-        record = state.adapters[name] = replace(record, groups=kept, train=train, ties=ties)
+        record = state.adapters[name] = replace(record, groups=kept, train=train, ties=ties, parameters=parameters)
     return record
 
 
@@ -134,7 +142,7 @@ def _lost(record: AdapterRecord, name: str, modules: Mapping[str, nn.Module]) ->
         return path in modules and adapter_child(modules[path], name) is not None
 
     lost = [site.name for site in record.sites if not grafted(site.owner)]
-    lost += [path for path in record.train if not grafted(path)]
+    lost += [path for path in (*record.train, *record.holders) if not grafted(path)]
     return lost + [t.path for t in record.ties if t.path not in modules or TIED not in modules[t.path].__dict__]
 
 

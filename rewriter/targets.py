@@ -20,17 +20,18 @@ from .state import Tie, find_state
 from .targeting.no_products import refused_weights, why_none
 from .targeting.output_heads import output_heads
 from .targeting.patterns import inside, is_name, matches, no_match
-from .targeting.train_targets import check_ties, modules_to_train, ties_of
+from .targeting.train_targets import check_parameters, check_ties, ties_of, to_train, with_ties
 from .targeting.weight_products import Candidate, candidates_of, product_with, sites_of
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """The sites of a spec in model order, each with its method, and the modules to train in full."""
+    """The sites of a spec in model order, each with its method, and the modules and parameters to train in full."""
 
     sites: tuple[tuple[Site, Method], ...]
     train: tuple[str, ...]
     ties: tuple[Tie, ...] = ()
+    parameters: tuple[str, ...] = ()
 
 
 def _select(
@@ -98,7 +99,7 @@ def resolve(model: nn.Module, spec: Spec) -> Resolution:
     """
     modules = dict(base_modules(model))
     candidates = candidates_of(modules)
-    train = modules_to_train(spec, modules)
+    train, parameters = to_train(spec, modules)
     chosen = _select(spec, modules, candidates, output_heads(model), train)
 
     sites: list[tuple[Site, Method]] = []
@@ -132,7 +133,9 @@ def resolve(model: nn.Module, spec: Spec) -> Resolution:
         raise TargetError(f"{ALL_LINEAR!r} found no linear layer that can be adapted in this {type(model).__name__}")
     ties = ties_of(model, train, modules) if spec.keep_ties else ()
     check_ties((site for site, _ in sites), ties)
-    return Resolution(tuple(sites), train, ties)
+    parameters = with_ties(model, parameters, ties, spec.keep_ties)
+    check_parameters(sites, parameters)
+    return Resolution(tuple(sites), train, ties, parameters)
 
 
 def check_name(model: nn.Module, name: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_state import AdapterState, check_same_function, methods_of
-from .adapter_tensors import SHARED, AdapterTensors, adapter_child
+from .adapter_tensors import SHARED, AdapterTensors, adapter_child, parameter_holder
 from .errors import AdapterError, listing, near_misses
 from .graft import site_tensors
 from .graft_plan import Shape
@@ -46,9 +46,11 @@ def adapter_modules(
 def trained_modules(
     root: nn.Module, name: str, record: AdapterRecord, modules: Mapping[str, nn.Module] | None = None
 ) -> dict[str, nn.Module]:
-    """The adapter's own copies of the modules it trains, by path."""
+    """The adapter's own copies of the modules it trains, by path; of a module of which it trains single parameters, a
+    module with these alone."""
     modules = grafted_modules(root) if modules is None else modules
     copies = {path: adapter_child(modules[path], name) for path in record.train}
+    copies |= {path: parameter_holder(modules[path], name) for path in record.holders}
     return {path: copy for path, copy in copies.items() if copy is not None}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...rewriter.analysis.dataflow import tied_names
-from ...rewriter.base_names import base_modules
+from ...rewriter.base_names import base_modules, base_parameters
 from ...rewriter.errors import CheckpointError, listing, near_misses
 from ...rewriter.graft_plan import Plan
 from ...rewriter.method import Method
@@ -57,7 +57,7 @@ def _spec_of(foreign: ForeignAdapter, model: nn.Module) -> Spec:
     for site, method in foreign.methods.items():
         if method != common:
             others.setdefault(method, []).append(site)
-    known = [name for name, _ in base_modules(unwrap(model))]
+    known = [name for name, _ in base_modules(unwrap(model))] + [n for n, _ in base_parameters(unwrap(model))]
     return Spec(
         common,
         targets=(exactly(foreign.methods),),

@@ -68,7 +68,8 @@ def filled(
         adapted = grafted(None)
         record = record_of(adapted, name)
         heads = tuple(f"{path}." for path in record.train)
-        stored = {t.dtype for key, t in tensors.items() if t.is_floating_point() and not key.startswith(heads)}
+        own = {k: t for k, t in tensors.items() if not k.startswith(heads) and k not in record.parameters}
+        stored = {t.dtype for t in own.values() if t.is_floating_point()}
         narrow = {site.dtype for site in record.sites} & stored - {torch.float32} if keep else set()
         if len(narrow) == 1:
             adapted = grafted(narrow.pop())

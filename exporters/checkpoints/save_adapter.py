@@ -11,12 +11,13 @@ from typing import Any, Literal
 from torch import nn
 
 from ...passes.models.factors import trained
-from ...rewriter.base_names import lookup
+from ...rewriter.base_names import base_parameters, lookup
 from ...rewriter.errors import CheckpointError, listing
 from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first, reshard
 from ...rewriter.modules.wrappers import unwrap
 from ...rewriter.state import AdapterRecord, grafted_modules, record_of
+from ...rewriter.targeting.patterns import inside
 from ...rewriter.tensors import adapter_modules
 from .derived_hash import IN_METADATA, derived_hash
 from .folder_files import writable, write_folder
@@ -78,12 +79,17 @@ def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str,
         "base_model_name_or_path": getattr(getattr(root, "config", None), "name_or_path", None) or None,
         "task_type": None,
         "inference_mode": True,
-        "bias": "none",
+        "bias": _bias(root, record, what),
         "modules_to_save": _modules_to_save(root, record, what),
         **fields,
     }
+    if config["bias"] == "lora_only":
+        config["bias"] = f"{str(config['peft_type']).lower()}_only"
     config["target_modules"] = _target_modules(config, root, list(sites), what)
-    tensors |= {PREFIX + key: tensor for key, tensor in trained(root, name).items()}
+    adapted = {f"{site.owner}.{site.bias}" for site in record.sites if site.bias is not None}
+    for key, tensor in trained(root, name).items():  # PEFT keeps the base's tensors of an adapted layer one level down
+        below = key in record.parameters and key in adapted
+        tensors[PREFIX + (key.removesuffix("bias") + "base_layer.bias" if below else key)] = tensor
     for tie in record.ties:  # PEFT gives every module a copy of its own: equal values are the tie
         own = modules[tie.path].state_dict()
         tensors |= {f"{PREFIX}{tie.path}.{k}": t for k, t in own.items() if f"{PREFIX}{tie.path}.{k}" not in tensors}
@@ -119,6 +125,24 @@ def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: 
     others = [s.name for s in record.sites if not s.owner or s.weight != "weight" or not is_linear(modules[s.owner])]
     if others:
         raise CheckpointError(f"{what}: PEFT adapts nn.Linear and Conv1D inside a model, and not {listing(others)}")
+
+
+def _bias(root: nn.Module, record: AdapterRecord, what: str) -> str:
+    """What PEFT calls the biases that are trained with an adapter: none, all, or those of its layers."""
+    given = set(record.parameters)
+    if not given:
+        return "none"
+    every = {n for n, _ in base_parameters(root) if n.endswith(".bias") and not inside(n, record.train)}
+    sites = {f"{site.owner}.{site.bias}" for site in record.sites if site.bias is not None}
+    if given == every:
+        return "all"
+    if given == sites:
+        return "lora_only"
+    other = sorted(given - every) or sorted(every - given)
+    raise CheckpointError(
+        f"{what}: PEFT trains all biases of a model or those of its adapted layers, and no other parameters by "
+        f"themselves; the difference is {listing(other)}. Save it with format='fxgraft'"
+    )
 
 
 def _modules_to_save(root: nn.Module, record: AdapterRecord, what: str) -> list[str] | None:

@@ -66,6 +66,11 @@ class Source:
                 f"{listing(t.full for t in record.ties)}: a bank stacks linear layers only. Serve it on its own, or "
                 "train it with Spec(keep_ties=False)"
             )
+        if record.parameters:
+            raise AdapterError(
+                f"adapter {self.name!r} trains single parameters of the base, {listing(record.parameters)}: a bank "
+                "stacks linear layers only. Serve it on its own, or train it without them"
+            )
         return dict(_linears(self.name, trained_modules(self.root, self.name, record)))
 
 

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..adapter_tensors import ADAPTERS, adapter_child
+from ..adapter_tensors import ADAPTERS, adapter_child, parameter_holder
 from ..analysis.dataflow import tied_names
 from ..calls.disabled import nothing
 from ..capture.captured import captured
 from ..errors import AdapterError, listing
 from ..graft import site_tensors
-from ..state import STATE, ModelState, grafted_modules
+from ..state import STATE, AdapterRecord, ModelState, grafted_modules
 from .base_reads import Place, PlaceMemory, Reads
 from .compiled_parts import compiled_parts
 
@@ -78,6 +78,22 @@ def _places(root: nn.Module, state: ModelState, names: Iterable[str]) -> list[Pl
             own = _plain(copied.parameters())
             if base and own:
                 found.append(Place(path, name, id(modules[path]), base, own, trained=True))
+        found += _single(name, record, modules, ties)
+    return found
+
+
+def _single(
+    name: str, record: AdapterRecord, modules: Mapping[str, nn.Module], ties: Mapping[str, frozenset[str]]
+) -> list[Place]:
+    """The places of single parameters that an adapter trains, and all that is tied to them."""
+    found = []
+    for full in record.parameters:
+        path, _, attribute = full.rpartition(".")
+        held = parameter_holder(modules[path], name)
+        assert held is not None
+        base, own = _plain([modules[path]._parameters[attribute]]), _plain([held._parameters[attribute]])
+        if base and own and ties.get(full, frozenset()) <= {*record.parameters}:
+            found.append(Place(full, name, id(modules[path]), base, own, trained=True))
     return found
 
 

@@ -32,7 +32,7 @@ class ForeignAdapter:
     Args:
         methods: site name -> its method.
         tensors: in the names of `adapter_state`, in whatever floating dtype they were stored.
-        train: paths of the modules that come with the adapter.
+        train: paths of the modules, and names of the single parameters, that come with the adapter.
         warning: what whoever opens it has to know.
     """
 

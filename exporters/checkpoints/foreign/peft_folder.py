@@ -30,14 +30,13 @@ DESCRIPTIVE = frozenset(
 #: keys that name modules
 PATTERNS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"})
 _NEUTRAL: Mapping[str, Collection[Any]] = {
-    "bias": ("none",),
+    "bias": ("none", "all", "lora_only", "vera_only"),
     # where tensors are kept while it runs
     "runtime_config": ({"ephemeral_gpu_offload": False}, {"ephemeral_gpu_offload": True}),
     # the others start from a changed base weight, so A and B belong to a base that is not the given one
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
 _ADVICE = {
-    "bias": "trained base biases are not part of an adapter here",
     "use_dora": "merge it in PEFT and load the merged model",
     "init_lora_weights": "it changes the base weights; save it in PEFT with path_initial_model_for_weight_conversion",
     "target_parameters": "only layers can be targets",

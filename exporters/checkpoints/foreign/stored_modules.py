@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from ....rewriter.base_names import base_modules
+from ....rewriter.base_names import base_modules, base_parameters
 from ....rewriter.errors import CheckpointError, listing
 from ....rewriter.modules.wrappers import unwrap
 from .foreign_folder import ForeignFolder
@@ -39,17 +39,33 @@ def stored_modules(folder: ForeignFolder, rest: Mapping[str, Tensor]) -> tuple[t
             "such modules, stores both under one name, and the file does not say which it holds"
         )
     tensors, others, left = {}, {}, []
+    biases = _trained_biases(folder)
     for key, tensor in rest.items():
         name = key.removeprefix(PREFIX)
         if name == key:
             left.append(key)
         elif any(name.startswith(f"{path}.") for path in train):
             tensors[name] = tensor
+        elif (own := name.replace(".base_layer.", ".")) in biases:
+            tensors[own] = tensor
         else:
             others[name] = tensor
+    if config.get("bias") == "all" and biases and not any(name in tensors for name in biases):
+        raise CheckpointError(
+            f"{what}: bias='all' in its config says that all biases were trained, and it stores none of "
+            f"{listing(biases, 4)}: it was saved without them"
+        )
     also, values, unknown = base_weights(folder, others, embeddings(model))
     folder.none_left([*left, *(PREFIX + name for name in unknown)])
-    return (*train, *also), {**tensors, **values}
+    return (*train, *also, *(name for name in biases if name in tensors)), {**tensors, **values}
+
+
+def _trained_biases(folder: ForeignFolder) -> tuple[str, ...]:
+    """The biases that PEFT has trained with the adapter: `bias` is `all`, or `lora_only` for those of its layers."""
+    if folder.config.get("bias", "none") == "none":
+        return ()
+    own = base_parameters(unwrap(folder.model))
+    return tuple(dict.fromkeys(name for name, _ in own if name.endswith(".bias")))
 
 
 def embeddings(model: nn.Module) -> set[str]:

@@ -473,7 +473,7 @@ def test_vera_folders_that_are_not_right(bert, tmp_path, change, config, says):
 
 # -- refusals ----------------------------------------------------------------------------------------------------
 CONFIGS = {
-    "bias": ("lora", {"bias": "all"}, "bias='all'.*not supported"),
+    "bias": ("lora", {"bias": "all"}, "bias='all'.*stores none of"),
     "dora": ("lora", {"use_dora": True}, "use_dora=True.*merge it in PEFT"),
     "pissa": ("lora", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.*changes the base"),
     "1 is not True": ("lora", {"init_lora_weights": 1}, "init_lora_weights=1"),

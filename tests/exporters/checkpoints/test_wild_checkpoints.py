@@ -251,7 +251,7 @@ def test_configs_that_change_no_number(llama, ids, tmp_path, config):
         {"kasa_config": {"a": 1}},
         {"use_foo": True},
         {"trainable_token_indices": [1]},
-        {"bias": "all"},
+        {"bias": "some"},
     ],
     ids=lambda c: next(iter(c)),
 )
