@@ -22,6 +22,7 @@ from ...rewriter.tensors import adapter_modules
 from .derived_hash import IN_METADATA, derived_hash
 from .folder_files import writable, write_folder
 from .foreign.format import OwnAdapter
+from .foreign.peft_folder import BIASES
 from .foreign.peft_targets import is_linear, saved_names, target_names
 from .foreign.plain_keys import PREFIX
 from .formats import FORMATS
@@ -83,12 +84,15 @@ def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str,
         "modules_to_save": _modules_to_save(root, record, what),
         **fields,
     }
-    if config["bias"] == "lora_only":
-        config["bias"] = f"{str(config['peft_type']).lower()}_only"
+    if (bias := config["bias"]) != "none":
+        known = BIASES.get(str(config["peft_type"]), ())
+        config["bias"] = next((name for name in known if name == bias or name.endswith(bias)), None)
+        if config["bias"] is None:
+            raise CheckpointError(f"{what}: it trains biases, which fit PEFT's LoRA and VeRA folders only")
     config["target_modules"] = _target_modules(config, root, list(sites), what)
-    adapted = {f"{site.owner}.{site.bias}" for site in record.sites if site.bias is not None}
+    under = {f"{site.owner}.{site.bias}" for site in record.sites if site.bias is not None}
     for key, tensor in trained(root, name).items():  # PEFT keeps the base's tensors of an adapted layer one level down
-        below = key in record.parameters and key in adapted
+        below = key in record.parameters and key in under
         tensors[PREFIX + (key.removesuffix("bias") + "base_layer.bias" if below else key)] = tensor
     for tie in record.ties:  # PEFT gives every module a copy of its own: equal values are the tie
         own = modules[tie.path].state_dict()
@@ -128,7 +132,7 @@ def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: 
 
 
 def _bias(root: nn.Module, record: AdapterRecord, what: str) -> str:
-    """What PEFT calls the biases that are trained with an adapter: none, all, or those of its layers."""
+    """Which biases are trained with an adapter, as PEFT calls it: `none`, `all`, or `_only` those of its layers."""
     given = set(record.parameters)
     if not given:
         return "none"
@@ -137,7 +141,7 @@ def _bias(root: nn.Module, record: AdapterRecord, what: str) -> str:
     if given == every:
         return "all"
     if given == sites:
-        return "lora_only"
+        return "_only"
     other = sorted(given - every) or sorted(every - given)
     raise CheckpointError(
         f"{what}: PEFT trains all biases of a model or those of its adapted layers, and no other parameters by "

@@ -206,11 +206,12 @@ def test_exports_hold_them(tmp_path):
         fg.bank(model, {"a": adapted})
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("bias", ["all", "lora_only", "vera_only"])
 def test_peft_folders_with_trained_biases_both_ways(bias, tmp_path):
     peft = pytest.importorskip("peft")
     model, x = MLP(), torch.randn(4, 7)
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["up"], bias=bias))
+    config = peft.VeraConfig if bias == "vera_only" else peft.LoraConfig
+    theirs = peft.get_peft_model(copy.deepcopy(model), config(r=2, target_modules=["up"], bias=bias))
     perturb(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fg.load_adapter(model, tmp_path / "theirs")

@@ -30,13 +30,14 @@ DESCRIPTIVE = frozenset(
 #: keys that name modules
 PATTERNS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"})
 _NEUTRAL: Mapping[str, Collection[Any]] = {
-    "bias": ("none", "all", "lora_only", "vera_only"),
+    "bias": ("none",),
     # where tensors are kept while it runs
     "runtime_config": ({"ephemeral_gpu_offload": False}, {"ephemeral_gpu_offload": True}),
     # the others start from a changed base weight, so A and B belong to a base that is not the given one
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
 _ADVICE = {
+    "bias": "trained base biases are part of a LoRA or VeRA folder only",
     "use_dora": "merge it in PEFT and load the merged model",
     "init_lora_weights": "it changes the base weights; save it in PEFT with path_initial_model_for_weight_conversion",
     "target_parameters": "only layers can be targets",
@@ -44,9 +45,19 @@ _ADVICE = {
 }
 
 
-def check_config(folder: ForeignFolder, known: Collection[str]) -> None:
-    """Raise for the first entry that would change what the adapter computes and that we do not know."""
+#: what a config may say of biases that were trained with the adapter, beside `none`
+BIASES: Mapping[str, Collection[str]] = {"LORA": ("all", "lora_only"), "VERA": ("all", "vera_only")}
+
+
+def check_config(folder: ForeignFolder, known: Collection[str], biases: Collection[str] = ()) -> None:
+    """Raise for the first entry that would change what the adapter computes and that we do not know.
+
+    Args:
+        biases: of `BIASES`, what the format stores.
+    """
     for key, given in folder.config.items():
+        if key == "bias" and given in biases:
+            continue
         if key in known or key in DESCRIPTIVE or key in PATTERNS or empty(given):
             continue
         # `in` alone would take 1 for True

@@ -10,7 +10,7 @@ from ....passes.methods.lora import LoRA
 from ....rewriter.errors import CheckpointError, listing
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format, OwnAdapter, Written
-from ..foreign.peft_folder import check_config, check_sites, peft_sites
+from ..foreign.peft_folder import BIASES, check_config, check_sites, peft_sites
 from ..foreign.peft_targets import attention_outputs, pattern_value
 from ..foreign.plain_keys import PREFIX
 
@@ -19,7 +19,7 @@ FIELDS = frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_patte
 
 def read(folder: ForeignFolder) -> ForeignAdapter:
     what = folder.what
-    check_config(folder, FIELDS)
+    check_config(folder, FIELDS, BIASES["LORA"])
     if layers := [key.partition(".lora_embedding_")[0] for key in folder.tensors if ".lora_embedding_" in key]:
         raise CheckpointError(
             f"{what} has a LoRA on an embedding (lora_embedding_A), "
