@@ -9,6 +9,7 @@ from torch import nn
 from .calls.sample_rows import UNPROVEN, Rows
 from .method import Method
 from .modules import missing_values
+from .modules.offloaded import HOOK, stay
 from .sites import Site
 
 ADAPTERS = "fxgraft"  # child of every owner: its adapters by name
@@ -56,6 +57,11 @@ class AdapterTensors(Container):
         self.site = site
         self.rows: Rows = UNPROVEN  # a site of a bank: how the samples of a batch lie in its input
         self.__dict__["shared"] = shared
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == HOOK:
+            stay(self, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return missing_values.apply(self, fn, lambda: super(AdapterTensors, self)._apply(fn, recurse))

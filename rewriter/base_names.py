@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter_tensors import Container
 from .errors import AdapterError
+from .modules.offloaded import values_of
 from .modules.wrappers import unwrap
 from .sites import Site
 
@@ -54,8 +55,8 @@ def lookup(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def weight_at(modules: Mapping[str, nn.Module], site: Site) -> nn.Parameter:
-    """The base weight of a site, as it is stored."""
-    weight = modules[site.owner]._parameters[site.weight]
+def weight_at(modules: Mapping[str, nn.Module], site: Site) -> Tensor:
+    """The base weight of a site, as it is stored, wherever that is."""
+    weight = values_of(modules[site.owner], site.weight)
     assert weight is not None
     return weight

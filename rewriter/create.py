@@ -22,7 +22,9 @@ from .method import Decl, Declaration, InitContext, Method
 from .modules import missing_values
 from .modules.bias_slot import bias_slot
 from .modules.foreign_tuners import check_no_tuners
+from .modules.offloaded import check_reachable, loaded, shared_stores
 from .modules.save_hook import take_over_saving
+from .modules.scripted import check_initialised
 from .modules.shards import check_unsharded
 from .modules.wrappers import M, unwrap
 from .sites import Site
@@ -65,8 +67,10 @@ def graft_adapter(
     check_name(source, name)
     check_no_tuners(source)
     check_unsharded(source)
+    check_initialised(source)
     resolution = resolve(source, spec)
     groups = _group(resolution, order)
+    check_reachable(dict(base_modules(source)), (p for s, _ in resolution.sites for p in (s.owner, s.computed)))
     declared = declare(groups)
     if check is not None:
         check(plan(groups, declared, resolution.train, resolution.parameters, dict(base_modules(source))))
@@ -164,7 +168,7 @@ def _create(
     with torch.no_grad():
         group.method.derive(group.sites, common, local)
         if initialise:
-            weights = [site.linear_layout(weight_at(modules, site).detach()) for site in group.sites]
+            weights = [site.linear_layout(weight_at(modules, site).detach().to(site.device)) for site in group.sites]
             group.method.initialise(group.sites, common, local, InitContext(weights, update))
 
 
@@ -201,7 +205,8 @@ def _trainable_copies(modules: Mapping[str, nn.Module], paths: Sequence[str], ke
             same = first.setdefault(storage_key(parameter), parameter)
             if same is not parameter:  # two parameters over one memory
                 memo[id(parameter)] = memo[id(same)] if id(same) in memo else copy.deepcopy(same, memo)
-        copies[path] = twin = copy.deepcopy(module, memo)
+        memo.update({id(store): store for store in shared_stores(module)})
+        copies[path] = twin = loaded(copy.deepcopy(module, memo))
         for inner in twin.modules():  # adapters inside it stay where they are
             if BASE in inner.__dict__:
                 inner._modules.pop(ADAPTERS, None)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from .capture.skeleton import bare
 from .create import graft_adapter
 from .errors import CaptureError
 from .program import Program
@@ -82,7 +83,7 @@ def capture(
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     check_dynamic_sizes(args or kwargs, dynamic_shapes)
     try:
-        exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        exported = torch.export.export(bare(model), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise CaptureError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {error}") from error
     module = exported.module(check_guards=False)

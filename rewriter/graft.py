@@ -19,7 +19,8 @@ from .base_names import lookup
 from .calls.disabled import Switch
 from .emitter import SLOT, WEIGHT
 from .errors import AdapterError
-from .grafted_class import BASE, FOLLOWS, HOSTED, SWITCH, class_for, follow_class, is_hooked
+from .grafted_class import BASE, FOLLOWS, HOSTED, SWITCH, class_for
+from .modules.offloaded import follow_class, is_hooked
 
 
 def site_tensors(owner: nn.Module, adapter: str) -> list[AdapterTensors]:

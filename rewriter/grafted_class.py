@@ -25,10 +25,10 @@ from .errors import CaptureError, FxgraftError
 from .grafted_forward import compile_forward
 from .grafted_graph import graft_graph
 from .modules.missing_values import keeps_values
+from .modules.offloaded import HOOKED, follow_class, is_hooked
 from .modules.trained_copy import followed, only_off, plain, retrained
 from .sites import Site
 
-HOOKED = "_old_forward"  # plain attribute where accelerate keeps the forward that its hook on a module calls
 HOSTED = "fxgraft_hosted"  # plain attribute of a host: adapter -> the owners below whose products it computes
 FOLLOWS = "fxgraft_follows"  # plain attribute: what of TIED is active
 BASE = "fxgraft_base"  # plain attribute of an owner: its class before grafting
@@ -112,11 +112,12 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def plain_view(module: nn.Module) -> nn.Module:
-    """The module as it was before grafting: original class, same tensors and children, no adapters.
+    """The module as it was before grafting: original class, same tensors and children, no adapters, none of
+    accelerate's hooks.
 
     A module that was never grafted is returned as it is. The view shares every attribute with the module.
     """
-    if BASE not in module.__dict__ and ADAPTERS not in module._modules:
+    if BASE not in module.__dict__ and ADAPTERS not in module._modules and not is_hooked(module):
         return module
     base = base_class(module)
     view = object.__new__(base)  # the class' own may ask for arguments, and that of a GraphModule makes another class
@@ -157,17 +158,6 @@ _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = weakre
 
 def _slots(owner: nn.Module) -> list[nn.Module]:
     return [value for key, value in owner.__dict__.items() if key.startswith(SLOT)]
-
-
-def is_hooked(owner: nn.Module) -> bool:
-    """Whether accelerate put a hook on a module after it was grafted."""
-    return BASE in owner.__dict__ and getattr(owner.__dict__.get(HOOKED), "__self__", None) is owner
-
-
-def follow_class(owner: nn.Module) -> None:
-    """accelerate's hook on a module calls the forward that it found there: make it that of the class now."""
-    if "forward" in owner.__dict__ and getattr(owner.__dict__.get(HOOKED), "__self__", None) is owner:
-        owner.__dict__[HOOKED] = types.MethodType(type(owner).forward, owner)
 
 
 def _weights(owner: nn.Module) -> dict[int, torch.Tensor]:

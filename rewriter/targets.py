@@ -14,6 +14,8 @@ from .base_names import base_modules
 from .errors import AdapterError, TargetError, listing
 from .grafted_class import base_class
 from .method import Method
+from .modules.offloaded import device_of
+from .modules.scripted import is_linear
 from .sites import NoMatch, Site
 from .spec import ALL_LINEAR, Spec, Target
 from .state import Tie, find_state
@@ -115,11 +117,12 @@ def resolve(model: nn.Module, spec: Spec) -> Resolution:
         if isinstance(linear, NoMatch):
             if asked:
                 raise TargetError(f"{name!r} cannot be adapted: {linear.reason}. Exclude it or choose other targets")
-            if isinstance(modules[candidate.owner], nn.Linear):
-                left_out.append(f"{name} ({linear.reason})")
+            if is_linear(modules[candidate.owner]):
+                left_out.append(f"{name or 'the root'} ({linear.reason})")
             continue
         weight: Any = modules[candidate.owner]._parameters[candidate.attribute]
-        for site in sites_of(candidate, linear, weight, target):
+        device = device_of(modules[candidate.owner], weight)
+        for site in sites_of(candidate, linear, weight, target, device):
             # a part of a fused weight answers to its own name, `qkv[0]`, and to the weight's
             hits = [p for p in spec.overrides if matches(site.name, p) or matches(name, p)]
             used_overrides.update(hits)
@@ -127,10 +130,13 @@ def resolve(model: nn.Module, spec: Spec) -> Resolution:
     for pattern in spec.overrides:
         if pattern not in used_overrides:
             raise no_match("override", pattern, [site.name for site, _ in sites])
-    if left_out:
+    if left_out and sites:
         warnings.warn(f"{ALL_LINEAR!r} left out {len(left_out)} layer(s): {'; '.join(left_out[:4])}", stacklevel=3)
     if not sites:
-        raise TargetError(f"{ALL_LINEAR!r} found no linear layer that can be adapted in this {type(model).__name__}")
+        raise TargetError(
+            f"{ALL_LINEAR!r} found no linear layer that can be adapted in this {type(model).__name__}"
+            + (f": {'; '.join(left_out[:4])}" if left_out else "")
+        )
     ties = ties_of(model, train, modules) if spec.keep_ties else ()
     check_ties((site for site, _ in sites), ties)
     parameters = with_ties(model, parameters, ties, spec.keep_ties)

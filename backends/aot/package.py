@@ -22,6 +22,7 @@ from ...passes.graph import pipelines
 from ...rewriter.capture.skeleton import copy_skeleton
 from ...rewriter.errors import AdapterError, ExportError, listing
 from ...rewriter.exported_program import capture
+from ...rewriter.modules.offloaded import is_dispatched, loaded
 from ...rewriter.modules.wrappers import strip_wrappers, unwrap
 from ...rewriter.state import find_state, record_of
 from ...rewriter.switch import active, set_active
@@ -141,6 +142,8 @@ def package(
 def _twin(root: nn.Module, name: str | None) -> tuple[nn.Module, list[str]]:
     """A copy in eval mode over the same base weights, with the chosen adapter active, and what is active."""
     twin = strip_wrappers(copy_skeleton(root))
+    if is_dispatched(twin):
+        loaded(twin)
     if name is not None:
         record_of(twin, name)
         set_active(twin, [name])

@@ -198,7 +198,13 @@ def adapter_ids(banked: nn.Module, names: Sequence[str | None]) -> Tensor:
     record = _record(banked)
     if isinstance(names, str):
         raise AdapterError(f"adapter_ids(banked, {names!r}): give a list with a name, or None, for every sample")
-    return record.ids(names, next(unwrap(banked).parameters()).device)
+    return record.ids(names, _device(unwrap(banked)))
+
+
+def _device(root: nn.Module) -> torch.device:
+    """The first parameter's; of an offloaded model, whose parameters are stand-ins, the first buffer's."""
+    devices = [t.device for t in (*root.parameters(), *root.buffers())]
+    return next((device for device in devices if device.type != "meta"), devices[0])
 
 
 def add_tenant(banked: nn.Module, name: str, tenant: Tenant) -> None:

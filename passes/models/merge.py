@@ -24,6 +24,8 @@ from ...rewriter.base_names import base_modules, lookup
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.grafted_class import plain_view
 from ...rewriter.modules.bias_slot import bias_slot
+from ...rewriter.modules.offloaded import put_values as keep_values
+from ...rewriter.modules.offloaded import values_of
 from ...rewriter.modules.wrappers import M, strip_wrappers, unwrap
 from ...rewriter.state import Tie, grafted_modules, record_of, state_of
 from ...rewriter.switch import active_weights, base_of
@@ -81,6 +83,7 @@ def merge(
     for (path, attribute), tensor in replaced.items():
         full = f"{path}.{attribute}".lstrip(".")
         owners[path].register_parameter(attribute, nn.Parameter(tensor, requires_grad=full in state.trained))
+        keep_values(owners[path], {attribute: tensor})
     for path, (copied, weight) in copy.deepcopy(trained).items():  # together: what is tied among them stays tied
         if weight != 1:
             pull(copied, plain_view(modules[path]), weight)
@@ -111,6 +114,7 @@ def put_values(module: nn.Module, trained: nn.Module) -> None:
         target = lookup(module, path)
         target._parameters.update(source._parameters)
         target._buffers.update(source._buffers)
+        keep_values(target, source._parameters)
 
 
 def follow(plain: nn.Module, ties: Sequence[Tie]) -> None:
@@ -141,7 +145,7 @@ def _fold(
     swallowed = True
     for (path, attribute), adapters in by_weight.items():
         owner = modules[path]
-        stored: Any = owner._parameters[attribute]
+        stored: Any = values_of(owner, attribute)
         swallowed &= not _fold_weight(owner, stored, path, attribute, adapters, replaced)
     if by_weight and swallowed:
         warnings.warn(
@@ -171,7 +175,7 @@ def _fold_weight(
     first = adapters[0][2].site
     assert first is not None
     bias_name: str | None = first.bias
-    base_bias = None if first.bias is None else owner._parameters[first.bias]
+    base_bias = None if first.bias is None else values_of(owner, first.bias)
     bias = None if base_bias is None else base_bias.detach().to(wide)
     bias_changed = False
     base_weight, base_values = weight.clone() if len(adapters) > 1 or adapters[0][1] != 1 else weight, bias

@@ -22,6 +22,7 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 from ..capture.captured import captured
 from ..errors import AdapterError
 from ..grafted_class import BASE, attributes
+from ..modules.offloaded import follow_class
 from .call_values import put
 
 OWN_CLASS = f"{BASE}_inputs"  # plain attribute of a root: its class before `take_inputs`
@@ -149,6 +150,7 @@ def release_inputs(root: nn.Module) -> None:
     """Give a root its own class back."""
     if OWN_CLASS in root.__dict__:
         root.__class__ = root.__dict__.pop(OWN_CLASS)
+        follow_class(root)
         del root.__dict__[NAMES]
 
 
@@ -161,6 +163,7 @@ def take_inputs(root: nn.Module, names: Iterable[str]) -> None:
     root.__dict__[OWN_CLASS] = type(root)
     root.__dict__[NAMES] = names
     root.__class__ = _class(type(root), names)
+    follow_class(root)
 
 
 def _class(own: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:

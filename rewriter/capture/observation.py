@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..adapter_tensors import Container
 from ..errors import CaptureError
+from ..modules.offloaded import HOOK
 from .reads import MISSING, Read
 from .value_keys import Opaque, Same, freeze, is_comparable, is_fixed, is_plain
 
@@ -45,7 +46,9 @@ def protected(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in part.__dict__.items():
-            if isinstance(value, Tensor):
+            if name == HOOK:  # accelerate's, which holds all weights
+                memo[id(value)] = value
+            elif isinstance(value, Tensor):
                 memo[id(value)] = _stand_in(value)
             elif "_hooks" in name and isinstance(value, dict):
                 memo[id(value)] = type(value)()

@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from ..grafted_class import HOOKED, base_class
+from ..grafted_class import base_class
+from ..modules.offloaded import HOOKED
 
 # fmt: off
 _METADATA = frozenset((

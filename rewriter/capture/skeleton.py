@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..adapter_tensors import Container
 from ..errors import CaptureError
+from ..modules.offloaded import is_dispatched, loaded, release_moves, shared_stores
+from ..modules.scripted import share_scripted
 from ..modules.wrappers import M, strip_wrappers, unwrap
 from .source_writes import written
 
@@ -89,21 +91,30 @@ def copy_skeleton(model: M) -> M:
             if parameter is not None and id(parameter) not in memo:
                 memo[id(parameter)] = _alias(parameter)
                 keep.append(parameter)
+    stores = shared_stores(model)
+    memo.update({id(store): store for store in stores})
     for tensor in _shared_tensors(model, adapters):
         memo[id(tensor)] = _normal(tensor) if tensor.is_inference() else tensor
         keep.append(tensor)
     try:
-        return copy.deepcopy(model, memo)
+        result = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} holds something that cannot be copied ({type(error).__name__}: {error}); "
             "remove it from the model's attributes before rewriting"
         ) from error
+    share_scripted(model, result)
+    if stores:
+        release_moves(result)
+    return result
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """What an exporter captures: the model inside its wrappers; where children are wrapped, a copy without."""
+    """What an exporter captures: the model inside its wrappers; where children are wrapped, or offloaded by accelerate,
+    a copy without."""
     model = unwrap(model)
-    if all(unwrap(module) is module for module in model.modules()):
+    dispatched = is_dispatched(model)
+    if not dispatched and all(unwrap(module) is module for module in model.modules()):
         return model
-    return strip_wrappers(copy_skeleton(model))
+    twin = strip_wrappers(copy_skeleton(model))
+    return loaded(twin) if dispatched else twin

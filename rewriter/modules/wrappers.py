@@ -26,7 +26,7 @@ _WRAPPED = frozenset(_WRAPPERS.values())
 
 def unwrap(model: M) -> M:
     """The module inside wrappers, in any order: `torch.compile`, activation checkpointing, data parallel, FSDP."""
-    while not _WRAPPED.isdisjoint(model._modules):
+    while isinstance(model._modules, dict) and not _WRAPPED.isdisjoint(model._modules):
         kinds = ((cls.__module__.partition(".")[0], cls.__name__) for cls in type(model).__mro__)
         child = next((_WRAPPERS[kind] for kind in kinds if kind in _WRAPPERS), None)
         inner = model._modules.get(child) if child is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from ..capture.multihead_attention import is_attention
@@ -12,6 +13,7 @@ from ..capture.parent_reads import reader_of
 from ..capture.trace import trace
 from ..errors import CaptureError, TargetError
 from ..grafted_class import base_class, plain_view
+from ..modules.scripted import why_scripted
 from ..products.find import DIMS, find_products
 from ..products.product import ProductNode
 from ..sites import NoMatch, Site
@@ -44,6 +46,8 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
     """The product a candidate takes part in, from the trace of its owner alone."""
     owner = model_modules[candidate.owner]
     parent = model_modules.get(candidate.owner.rpartition(".")[0])
+    if (scripted := why_scripted(owner)) is not None:
+        return NoMatch(scripted)
     if parent is not None and is_attention(plain_view(parent)):
         reader: str | None = candidate.owner.rpartition(".")[0]
     else:
@@ -84,7 +88,9 @@ def _hosted(modules: Mapping[str, nn.Module], candidate: Candidate, reader: str)
     return replace(found[0], bias_name=None if bias is None else bias.rpartition(".")[2], host=reader)
 
 
-def sites_of(candidate: Candidate, linear: ProductNode, weight: Tensor, target: Target | None) -> list[Site]:
+def sites_of(
+    candidate: Candidate, linear: ProductNode, weight: Tensor, target: Target | None, device: torch.device
+) -> list[Site]:
     produced, contracted = linear.product.matrix(weight).shape
     parts = target.parts if target else 1
     if produced % parts:
@@ -106,7 +112,7 @@ def sites_of(candidate: Candidate, linear: ProductNode, weight: Tensor, target: 
             part=part,
             parts=parts,
             dtype=weight.dtype,
-            device=weight.device,
+            device=device,
             form=linear.form,
             host=linear.host,
         )
