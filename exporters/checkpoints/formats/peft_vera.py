@@ -15,14 +15,15 @@ from ....passes.methods.vera import VeRA, draw
 from ....rewriter.errors import CheckpointError
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder, Sites
 from ..foreign.format import Format, OwnAdapter, Written
-from ..foreign.peft_folder import check_config, check_sites, peft_sites
+from ..foreign.peft_folder import BIASES, check_config, check_sites, peft_sites
 from ..foreign.plain_keys import PREFIX
 
 PROJECTION = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 
 
 def read(folder: ForeignFolder) -> ForeignAdapter:
-    check_config(folder, {"r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial"})
+    known = {"r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial"}
+    check_config(folder, known, BIASES["VERA"])
     method = VeRA(
         rank=folder.value("r", int, 256),
         seed=folder.value("projection_prng_key", int, 0),
