@@ -18,7 +18,7 @@ from .errors import AdapterError, SpecError
 from .graft import add_adapter, host, tie
 from .graft_plan import Plan, declare, plan
 from .grafted_class import BASE, plain_view, restore_class
-from .method import Decl, Declaration, InitContext, Method
+from .method import Decl, Declaration, Method
 from .modules import missing_values
 from .modules.bias_slot import bias_slot
 from .modules.foreign_tuners import check_no_tuners
@@ -27,6 +27,7 @@ from .modules.save_hook import take_over_saving
 from .modules.scripted import check_initialised
 from .modules.shards import check_unsharded
 from .modules.wrappers import M, unwrap
+from .products import stacked_matrices
 from .sites import Site
 from .spec import Spec
 from .state import STATE, AdapterRecord, Group, ModelState, grafted_modules
@@ -166,10 +167,10 @@ def _create(
         return
     common = shared.tensors() if shared is not None else {}
     with torch.no_grad():
-        group.method.derive(group.sites, common, local)
+        stacked_matrices.derive(group.method, group.sites, common, local)
         if initialise:
-            weights = [site.linear_layout(weight_at(modules, site).detach().to(site.device)) for site in group.sites]
-            group.method.initialise(group.sites, common, local, InitContext(weights, update))
+            weights = [weight_at(modules, site).detach().to(site.device) for site in group.sites]
+            stacked_matrices.initialise(group.method, group.sites, common, local, weights, update)
 
 
 def _train_parameters(modules: Mapping[str, nn.Module], names: Sequence[str], adapter: str, keep_ties: bool) -> None:

@@ -127,6 +127,24 @@ def operator(schema: str, traits: Traits = _NONE) -> Callable[[Callable[..., Ten
     return register
 
 
+_split: dict[Any, Halves] = {}
+
+
+def splits(halves: Halves) -> Callable[[Function], Function]:
+    """Declare the halves of a plain function that a method emits; passes, which see operators, do not ask for them."""
+
+    def declare(function: Function) -> Function:
+        _split[function] = halves
+        return function
+
+    return declare
+
+
+def halves_of(target: Any) -> Halves | None:
+    """How what a method emits splits: an operator of the dialect, or a plain function."""
+    return _split.get(target) or traits_of(target).halves
+
+
 def reads(*, fresh: bool = False, factor: bool = False) -> Callable[[Function], Function]:
     """Declare that the decorated function, which passes put into graphs, only reads; flags as in `Traits`."""
 

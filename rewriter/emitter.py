@@ -128,6 +128,10 @@ class Emitter:
         node = self._mark(self.graph.get_attr(self.site.bias))
         return node if self.site.whole else self.call(torch.narrow, node, 0, self.site.offset, self.site.out_features)
 
+    def delta_weight(self) -> fx.Node:
+        """What the delta is multiplied with, if that is not 1."""
+        return self._mark(self.graph.get_attr(f"{WEIGHT}{self._slot}"))
+
     def training(self) -> fx.Node:
         """The owner's mode, as a value: True in training."""
         return self._mark(self.graph.get_attr("training"))
@@ -141,7 +145,7 @@ class Emitter:
     def add(self, delta: fx.Node) -> fx.Node:
         """`y + delta`, or `y + weight * delta`."""
         if self.weighted:
-            delta = self.call(torch.mul, delta, self._mark(self.graph.get_attr(f"{WEIGHT}{self._slot}")))
+            delta = self.call(torch.mul, delta, self.delta_weight())
         if self.site.whole:
             return self.call(add_delta, self._output, delta)
         # The sum is read through the whole output only: an operator whose schema says that it writes survives cleanup.

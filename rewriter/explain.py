@@ -15,6 +15,7 @@ from .emitter import PROVENANCE
 from .errors import listing
 from .modules.wrappers import unwrap
 from .program import PassResult
+from .sites import Site
 from .state import AdapterRecord, grafted_modules, state_of
 from .tensors import adapter_modules, trained_modules
 
@@ -25,7 +26,7 @@ class Row:
 
     Args:
         adapter, site, method: names; `kind` is `site`, `shared` or `trained`.
-        shape: `out x in` of the site, empty for the others.
+        shape: `out x in` of the site and how many experts have such a matrix, empty for the others.
         tensors: name -> shape of what it holds.
         trainable: number of trained parameters; bytes: resident bytes, derived tensors included.
         made_by: the pass that made it.
@@ -136,6 +137,14 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def _shape(site: Site | None) -> str:
+    """`out x in` of a site's matrix, and how many of them it stacks."""
+    if site is None:
+        return ""
+    one = f"{site.out_features} x {site.in_features}"
+    return f"{site.experts} experts, {one}" if site.experts else one
+
+
 def _row(adapter: str, kind: str, site: str, module: AdapterTensors, made_by: str) -> Row:
     held = module.tensors()
     return Row(
@@ -143,7 +152,7 @@ def _row(adapter: str, kind: str, site: str, module: AdapterTensors, made_by: st
         kind=kind,
         site=site,
         method=module.method.key,
-        shape=f"{module.site.out_features} x {module.site.in_features}" if module.site else "",
+        shape=_shape(module.site),
         tensors={n: tuple(t.shape) for n, t in held.items()},
         trainable=sum(p.numel() for p in module._parameters.values() if p is not None),
         bytes=_bytes(held),

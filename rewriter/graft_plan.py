@@ -14,6 +14,7 @@ from torch import nn
 from .adapter_tensors import ADAPTERS
 from .grafted_class import plain_view
 from .method import Declaration
+from .products import stacked_matrices
 from .sites import Site
 from .state import Group
 
@@ -39,7 +40,7 @@ def declare(groups: Sequence[Group]) -> list[Declaration]:
     """The tensors of each group. Raises `SpecError` where a method does not fit its sites."""
     declared = []
     for group in groups:
-        declared.append(group.method.declare(group.sites))
+        declared.append(stacked_matrices.declare(group.method, group.sites))
     return declared
 
 

@@ -27,6 +27,7 @@ from .grafted_graph import graft_graph
 from .modules.missing_values import keeps_values
 from .modules.offloaded import HOOKED, follow_class, is_hooked
 from .modules.trained_copy import followed, only_off, plain, retrained
+from .products.experts_forward import described_experts, experts_namespace
 from .sites import Site
 
 HOSTED = "fxgraft_hosted"  # plain attribute of a host: adapter -> the owners below whose products it computes
@@ -183,6 +184,10 @@ def class_for(
         return _class((base, "retrained", names, 0 in weights, fused), base, {**namespace, **unfused})
     if not slots:
         return _class((base, held, fused), base, {**plain(base), **tied, **unfused})
+    own = [slot for slot in slots if isinstance(slot, AdapterTensors)]
+    if own[0].site is not None and own[0].site.experts:
+        made: tuple[Any, ...] = (base, "experts", described_experts(own, weights), held)
+        return _classes.get(made) or _class(made, base, {**tied, **experts_namespace(base, own, weights)})
     view = plain_view(owner)
     traced = trace(view)
     given: list[Site] = [s.site for s in slots]  # type: ignore[misc]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .adapter_tensors import AdapterTensors
 from .base_names import weight_at
 from .errors import AdapterError, listing
-from .method import InitContext
 from .modules.missing_values import missing, settle
 from .modules.wrappers import M, unwrap
+from .products import stacked_matrices
 from .state import Group, grafted_modules, record_of, state_of
 from .tensors import adapter_modules, trained_modules
 
@@ -68,10 +68,9 @@ def _values(
     }
     common = fresh[id(shared)] if shared is not None else {}
     local = [fresh[id(place)] for place in places]
-    group.method.derive(group.sites, common, local)
+    stacked_matrices.derive(group.method, group.sites, common, local)
     if any(n not in holder._non_persistent_buffers_set for holder in holders for n in lacking[id(holder)]):
-        views = [site.linear_layout(_full(weight)) for site, weight in zip(group.sites, weights, strict=True)]
-        group.method.initialise(group.sites, common, local, InitContext(views, None))
+        stacked_matrices.initialise(group.method, group.sites, common, local, [_full(weight) for weight in weights])
     return [(holder, {n: fresh[id(holder)][n] for n in lacking[id(holder)]}) for holder in holders]
 
 

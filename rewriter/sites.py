@@ -51,6 +51,12 @@ class Site:
         return self
 
     @property
+    def experts(self) -> int:
+        """How many matrices the weight stacks along its first dimension, of which every row of x takes one; 0 for a
+        weight that is one matrix. Sizes are those of one matrix."""
+        return self.product.experts
+
+    @property
     def whole(self) -> bool:
         return self.parts == 1
 
@@ -78,8 +84,11 @@ class Site:
         return replace(self, weight=f"{self.within}.{self.weight}", bias=bias)
 
     def linear_layout(self, weight: Tensor) -> Tensor:
-        """This site's part of the stored weight as `(out, in)`: a view where the weight's memory allows."""
-        return self.product.matrix(weight).narrow(0, self.offset, self.out_features)
+        """This site's part of the stored weight as `(out, in)`: a view where the weight's memory allows.
+
+        `(E, out, in)` where it stacks the matrices of experts.
+        """
+        return self.product.matrix(weight).narrow(-2, self.offset, self.out_features)
 
     def put(self, weight: Tensor, values: Tensor) -> None:
         """Write `(out, in)` into this site's part of the stored weight."""
@@ -87,4 +96,4 @@ class Site:
 
     def produced(self, weight: Tensor) -> int:
         """How many features the whole weight produces."""
-        return self.product.matrix(weight).shape[0]
+        return self.product.matrix(weight).shape[-2]

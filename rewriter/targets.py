@@ -22,6 +22,7 @@ from .state import Tie, find_state
 from .targeting.no_products import refused_weights, why_none
 from .targeting.output_heads import output_heads
 from .targeting.patterns import inside, is_name, matches, no_match
+from .targeting.routers import routers
 from .targeting.train_targets import check_parameters, check_ties, ties_of, to_train, with_ties
 from .targeting.weight_products import Candidate, candidates_of, product_with, sites_of
 
@@ -49,7 +50,8 @@ def _select(
         target = given if isinstance(given, Target) else None
         pattern = target.pattern if target else str(given)
         if pattern == ALL_LINEAR:
-            hits = [n for n, c in candidates.items() if not inside(c.owner, heads) and not inside(c.owner, train)]
+            left = heads | routers(modules, (c.owner for c in candidates.values()))
+            hits = [n for n, c in candidates.items() if not inside(c.owner, left) and not inside(c.owner, train)]
         else:
             hits = [name for name in candidates if matches(name, pattern)]
             others = [n for n in modules if n and matches(n, pattern) and n not in candidates]

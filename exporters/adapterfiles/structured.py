@@ -137,7 +137,7 @@ class Expander:
         found: dict[str, Tensor] = {}
         for site, decls, derived in zip(sites, prepared.declaration.local, prepared.local, strict=True):
             own = prepared.fill(decls, f"{site.name}.", derived, left, what)
-            _, values = read_form(method, method.seen_by(site, shared), own)
+            _, values = read_form(method, site, method.seen_by(site, shared), own)
             found |= at_site(site.name, {leg: t.to(site.dtype).contiguous() for leg, t in values.items()})
         return found
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...rewriter.errors import MergeError
 from ...rewriter.modules.wrappers import unwrap
+from ...rewriter.products.stacked_matrices import factors
 from ...rewriter.state import AdapterRecord, record_of
 from ...rewriter.tensors import adapter_modules
 
@@ -28,7 +29,8 @@ def low_rank(root: nn.Module, name: str) -> AdapterRecord:
 
 
 def linear_factors(adapted: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each site `A (r, in)` and `B (out, r)` with `delta W = B A`, in float32 (or wider), scales folded into B."""
+    """For each site `A (r, in)` and `B (out, r)` with `delta W = B A`, in float32 (or wider), scales folded into B;
+    stacked `(E, ...)` where the weight stacks experts' matrices."""
     root = unwrap(adapted)
     record = low_rank(root, name)
     found = {}
@@ -37,7 +39,7 @@ def linear_factors(adapted: nn.Module, name: str) -> dict[str, tuple[Tensor, Ten
             if tensors.site is None:
                 continue
             shared, local = widened(tensors.shared_tensors()), widened(tensors.tensors())
-            found[tensors.site.name] = tensors.method.factors(shared, local)
+            found[tensors.site.name] = factors(tensors.method, tensors.site, shared, local)
     return found
 
 

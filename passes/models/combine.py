@@ -8,6 +8,7 @@ Does not handle methods that are not a low-rank product (GLoRA, HydraLoRA): they
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
@@ -19,6 +20,7 @@ from ...rewriter.active_adapters import check_together, chosen_weights
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.grafted_class import plain_view
 from ...rewriter.modules.wrappers import M, unwrap
+from ...rewriter.products.stacked_matrices import each
 from ...rewriter.sites import Site
 from ...rewriter.state import grafted_modules, record_of, state_of
 from ...rewriter.switch import set_active
@@ -129,7 +131,8 @@ def _factors_by_site(
             site = tensors.site
             if site is None:
                 continue
-            found = tensors.method.unscaled(widened(tensors.shared_tensors()), widened(tensors.tensors()))
+            unscaled = functools.partial(tensors.method.unscaled, widened(tensors.shared_tensors()))
+            found = each(site, unscaled, widened(tensors.tensors()))
             if bad := [k for k, t in zip("AB", found, strict=False) if not torch.isfinite(t).all()]:  # type: ignore[arg-type]
                 raise MergeError(f"adapter {name!r} at {site.name!r}: {listing(bad)} has NaN or infinite values")
             sites[site.name] = site
@@ -149,7 +152,11 @@ def _factors_by_site(
 def _combined(
     site: str, found: list[tuple[float, Factors]], method: str, rank: int | None, thin: _Thinning
 ) -> tuple[Tensor, Tensor]:
-    """`A (r, in)` and `B (out, r)` of the combination, in the dtype of the factors."""
+    """`A (r, in)` and `B (out, r)` of the combination, in the dtype of the factors; stacked for experts."""
+    if found[0][1][0].dim() == 3:
+        experts = [[(w, (A[e], B[e], s)) for w, (A, B, s) in found] for e in range(found[0][1][0].shape[0])]
+        pairs = [_combined(f"{site}@{e}", one, method, rank, thin) for e, one in enumerate(experts)]
+        return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
     weights = [weight * scale for weight, (_, _, scale) in found]
     As, Bs = [A for _, (A, _, _) in found], [B for _, (_, B, _) in found]
     own = max(A.shape[0] for A in As)

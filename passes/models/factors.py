@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...rewriter.base_names import lookup
 from ...rewriter.create import graft_adapter
+from ...rewriter.forms import put_entry
 from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
@@ -30,7 +31,7 @@ def factors(adapted: nn.Module, name: str = "default") -> dict[str, tuple[Tensor
     root = unwrap(adapted)
     dtypes = {site.name: compute_dtype(root, site) for site in record_of(root, name).sites}
     return {
-        site: (A.t().to(dtypes[site]).contiguous(), B.t().to(dtypes[site]).contiguous())
+        site: (A.mT.to(dtypes[site]).contiguous(), B.mT.to(dtypes[site]).contiguous())
         for site, (A, B) in linear_factors(root, name).items()
     }
 
@@ -96,9 +97,9 @@ def as_lora(
     """The model with a LoRA of these factors grafted in; modules in `train` are the base's still.
 
     Args:
-        values: site name -> `A (r, in)`, `B (out, r)`, every scale in them; ranks may differ.
+        values: site name -> `A (r, in)`, `B (out, r)`, every scale in them; ranks may differ. Stacked for experts.
     """
-    ranks = {site.name: values[site.name][0].shape[0] for site in sites}
+    ranks = {site.name: values[site.name][0].shape[-2] for site in sites}
     stems = {site.name: site.name if site.whole else site.name.rpartition("[")[0] for site in sites}
     for stem in {stems[site.name] for site in sites if not site.whole}:  # one rank for all parts of a weight
         parts = [n for n in stems if stems[n] == stem]
@@ -122,5 +123,5 @@ def as_lora(
             A, B = values[tensors.site.name]
             for slot, value in ((tensors._parameters["A"], A), (tensors._parameters["B"], B)):
                 assert slot is not None
-                slot.zero_()[: value.shape[0], : value.shape[1]].copy_(value)
+                put_entry(slot, value)
     return result

@@ -27,6 +27,7 @@ from ...rewriter.modules.bias_slot import bias_slot
 from ...rewriter.modules.offloaded import put_values as keep_values
 from ...rewriter.modules.offloaded import values_of
 from ...rewriter.modules.wrappers import M, strip_wrappers, unwrap
+from ...rewriter.products.stacked_matrices import fold
 from ...rewriter.state import Tie, grafted_modules, record_of, state_of
 from ...rewriter.switch import active_weights, base_of
 from ...rewriter.tensors import adapter_modules, trained_modules
@@ -190,7 +191,7 @@ def _fold_weight(
         # every adapter's delta is of the base, as in the forward pass, not of what was merged before it
         base_part = site.linear_layout(base_weight)
         base_bias_part = None if base_values is None else base_values[span]
-        merged, new_bias = tensors.method.fold(base_part, base_bias_part, shared, local)
+        merged, new_bias = fold(tensors.method, site, base_part, base_bias_part, shared, local)
         if not torch.isfinite(merged).all() or (new_bias is not None and not torch.isfinite(new_bias).all()):
             where = "the base weight" if not torch.isfinite(base_part).all() else f"adapter {name!r}"
             raise MergeError(f"{site.name!r}: {where} has NaN or infinite values; nothing was merged")

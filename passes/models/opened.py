@@ -9,6 +9,7 @@ Does not handle a method that has none of the three: it is refused with the reas
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from ...rewriter.errors import MergeError
 from ...rewriter.forms import Form, form_of
 from ...rewriter.method import Method, Tensors
 from ...rewriter.modules.wrappers import strip_wrappers, unwrap
+from ...rewriter.products.stacked_matrices import each
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec
 from ...rewriter.state import find_state, record_of
@@ -59,12 +61,13 @@ class Twin:
     heads: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
 
-def read_form(method: Method, shared: Tensors, local: Tensors) -> tuple[Form, dict[str, Tensor]]:
+def read_form(method: Method, site: Site, shared: Tensors, local: Tensors) -> tuple[Form, dict[str, Tensor]]:
     """The form of one site and its tensors, from the method's own; computed in float32 (or wider)."""
     form = form_of(method)
     if form is None:
         raise MergeError(f"{type(method).__name__} has no form a graph takes as inputs: {method.not_low_rank}")
-    return form.opened(form.read(method, widened(shared), widened(local)))
+    read = functools.partial(form.read, method, widened(shared))
+    return form.opened(each(site, read, widened(local)))
 
 
 def _whole(tensors: AdapterTensors) -> bool:
@@ -81,7 +84,7 @@ def form_values(adapted: nn.Module, name: str) -> Placed:
         site = tensors.site
         if site is None or _whole(tensors):
             continue
-        form, values = read_form(tensors.method, tensors.shared_tensors(), tensors.tensors())
+        form, values = read_form(tensors.method, site, tensors.shared_tensors(), tensors.tensors())
         dtype = compute_dtype(root, site)
         found[site.name] = form, {key: value.to(dtype).contiguous() for key, value in values.items()}
     return found

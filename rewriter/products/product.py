@@ -36,6 +36,8 @@ class Product(abc.ABC):
     linear: ClassVar[bool] = False
     #: what is said of a weight whose uses are several products
     several: ClassVar[str] = "is used in products that differ"
+    #: how many matrices the weight stacks along its first dimension; 0 for one that is a matrix
+    experts: ClassVar[int] = 0
 
     @property
     def channel(self) -> int:
@@ -49,7 +51,7 @@ class Product(abc.ABC):
 
     def put(self, weight: Tensor, offset: int, rows: Tensor) -> None:
         """Write rows `(n, in)` of the matrix, from `offset` on, into the stored weight."""
-        self.matrix(weight).narrow(0, offset, rows.shape[0]).copy_(rows)
+        self.matrix(weight).narrow(-2, offset, rows.shape[-2]).copy_(rows)
 
     @abc.abstractmethod
     def matrix_node(self, call: Call, weight: fx.Node) -> fx.Node:

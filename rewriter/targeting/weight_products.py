@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from ..capture.multihead_attention import is_attention
 from ..capture.parent_reads import reader_of
 from ..capture.trace import trace
-from ..errors import CaptureError, TargetError
+from ..errors import AdapterError, CaptureError, TargetError
 from ..grafted_class import base_class, plain_view
 from ..modules.scripted import why_scripted
+from ..products.expert_weights import contracted_dim, is_experts
+from ..products.experts import Experts, Stacked
+from ..products.experts_forward import check_implementation
 from ..products.find import DIMS, find_products
 from ..products.product import ProductNode
 from ..sites import NoMatch, Site
@@ -36,13 +40,13 @@ def candidates_of(modules: Mapping[str, nn.Module]) -> dict[str, Candidate]:
         if isinstance(module, (nn.Embedding, *WITHOUT_PRODUCTS)):
             continue
         for attribute, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() in DIMS:
+            if parameter is not None and (parameter.dim() in DIMS or is_experts(module, attribute)):
                 name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
                 found[name] = Candidate(name, path, attribute)
     return found
 
 
-def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -> ProductNode | NoMatch:
+def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -> ProductNode | Stacked | NoMatch:
     """The product a candidate takes part in, from the trace of its owner alone."""
     owner = model_modules[candidate.owner]
     parent = model_modules.get(candidate.owner.rpartition(".")[0])
@@ -55,6 +59,10 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
     if reader is not None:
         return _hosted(model_modules, candidate, reader)
     base = base_class(owner)
+    if is_experts(owner, candidate.attribute):
+        return _stacked(owner, candidate.attribute)
+    if any(is_experts(owner, other) for other in owner._parameters):
+        return NoMatch(f"{base.__name__} computes experts, whose forward no graph can hold")
     if base.forward is nn.Module.forward:
         return NoMatch(f"{base.__name__} has no forward")
     try:
@@ -64,6 +72,20 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
     parameters = {n: p for n, p in owner._parameters.items() if p is not None}
     found = find_products(graph, parameters)[candidate.attribute]
     return found if isinstance(found, NoMatch) else found[0]
+
+
+def _stacked(owner: nn.Module, attribute: str) -> Stacked | NoMatch:
+    """The products with the matrices of a stack, one per expert."""
+    try:
+        check_implementation(owner)
+    except AdapterError as error:
+        return NoMatch(str(error))
+    parameters = owner._parameters
+    weight: Any = parameters[attribute]
+    if [name for name, other in parameters.items() if other is weight and name != attribute] or weight.is_complex():
+        return NoMatch(f"{attribute!r} is tied to another parameter of its module, or complex")
+    dim = contracted_dim(owner, attribute)
+    return dim if isinstance(dim, NoMatch) else Stacked(Experts(contracted=dim, experts=weight.shape[0]))
 
 
 def _hosted(modules: Mapping[str, nn.Module], candidate: Candidate, reader: str) -> ProductNode | NoMatch:
@@ -89,9 +111,9 @@ def _hosted(modules: Mapping[str, nn.Module], candidate: Candidate, reader: str)
 
 
 def sites_of(
-    candidate: Candidate, linear: ProductNode, weight: Tensor, target: Target | None, device: torch.device
+    candidate: Candidate, linear: ProductNode | Stacked, weight: Tensor, target: Target | None, device: torch.device
 ) -> list[Site]:
-    produced, contracted = linear.product.matrix(weight).shape
+    produced, contracted = linear.product.matrix(weight).shape[-2:]
     parts = target.parts if target else 1
     if produced % parts:
         raise TargetError(

@@ -14,6 +14,7 @@ import fxgraft as fg
 from fxgraft.passes.methods.lora_sb.lora_sb import UpdateEstimate, pack_signs
 from fxgraft.rewriter.forms import forms_of
 from fxgraft.rewriter.method import Method
+from fxgraft.rewriter.products.stacked_matrices import all_matrices
 from fxgraft.rewriter.state import record_of
 
 METHODS: dict[str, Method] = {
@@ -65,7 +66,7 @@ def estimate(model: Any, spec: fg.Spec) -> UpdateEstimate:
     """An update of random signs for the sites of a spec."""
     model = model.module(check_guards=False) if isinstance(model, torch.export.ExportedProgram) else model
     like = fg.rewrite(model, dataclasses.replace(spec, method=fg.LoRA(rank=1), train=()), name="like")
-    shapes = {s.name: (s.out_features, s.in_features) for s in record_of(like, "like").sites}
+    shapes = {s.name: (s.out_features, s.in_features) for s in all_matrices(record_of(like, "like").sites)}
     drawn = torch.Generator().manual_seed(0)
     packed = {site: pack_signs(torch.randn(shape, generator=drawn)) for site, shape in shapes.items()}
     return UpdateEstimate(0.05, packed, shapes, 1, {"cpu": 0}, 0)

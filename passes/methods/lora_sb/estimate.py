@@ -16,6 +16,7 @@ from ....rewriter.base_names import lookup
 from ....rewriter.capture.outline import outline_linears
 from ....rewriter.errors import SpecError, TargetError, listing
 from ....rewriter.modules.wrappers import unwrap
+from ....rewriter.products.stacked_matrices import all_matrices
 from ....rewriter.sites import Site
 from ....rewriter.spec import Spec, Target
 from ....rewriter.switch import base_of
@@ -127,7 +128,9 @@ def estimate_update(
             packed.update(sums.pack(group))
     if taken < samples:
         warnings.warn(f"estimate_update: {samples} samples were asked for, batches had {taken}", stacklevel=2)
-    shapes = {site.name: (site.out_features, site.in_features) for s in sites.values() for site in s}
+    shapes = {
+        site.name: (site.out_features, site.in_features) for found in sites.values() for site in all_matrices(found)
+    }
     full = sum(_base_weight(twin, *key).nbytes for key in sites)
     return UpdateEstimate(eta, packed, shapes, taken, dict(meter.peak), full)
 
@@ -190,7 +193,7 @@ def _base_weight(twin: nn.Module, owner: str, attribute: str) -> Tensor:
 
 def _split(sites: dict[Key, list[Site]], rounds: int) -> list[dict[Key, list[Site]]]:
     """Consecutive parts with about the same number of weights; none is empty."""
-    sizes = {key: sum(s.in_features * s.out_features for s in group) for key, group in sites.items()}
+    sizes = {key: sum(s.in_features * s.out_features for s in all_matrices(group)) for key, group in sites.items()}
     total, before = sum(sizes.values()), 0
     parts: dict[int, dict[Key, list[Site]]] = defaultdict(dict)
     for key, group in sites.items():

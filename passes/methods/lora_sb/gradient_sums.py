@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ....rewriter.base_names import base_modules
 from ....rewriter.errors import SpecError, listing
+from ....rewriter.products.stacked_matrices import all_matrices
 from ....rewriter.sites import Site
 from .lora_sb import pack_signs
 
@@ -52,7 +53,7 @@ class Sums:
             alias = nn.Parameter(stored.detach(), requires_grad=True)
             owner._parameters[attribute] = alias
             wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-            for site in group:
+            for site in all_matrices(group):
                 total = torch.zeros(site.out_features, site.in_features, dtype=wide, device=where)
                 meter.add(where, total.nbytes)
                 self.values[site.name] = total
@@ -63,9 +64,9 @@ class Sums:
         gradient: Any = parameter.grad
         parameter.grad = None
         self.meter.add(gradient.device, gradient.nbytes)
-        for site in group:
+        parts = [part for site in group for part in _parts(site, site.linear_layout(gradient))]
+        for site, part in zip(all_matrices(group), parts, strict=True):
             total = self.values[site.name]
-            part = site.linear_layout(gradient)
             moved = part.to(total.device)
             extra = moved.nbytes if moved is not part else 0
             self.meter.add(total.device, extra)
@@ -105,6 +106,11 @@ class Sums:
                 "to start from; a narrow dtype may underflow: scale the loss up (only the sign counts)",
                 stacklevel=3,
             )
+
+
+def _parts(site: Site, layout: Tensor) -> Sequence[Tensor]:
+    """The matrices of a site's gradient."""
+    return layout.unbind(0) if site.experts else [layout]
 
 
 class Processes:
