@@ -42,8 +42,8 @@ def check_implementation(module: nn.Module) -> None:
     asked = getattr(getattr(module, "config", None), _ASKED, None)
     if asked is not None and asked not in IMPLEMENTATIONS:
         raise AdapterError(
-            f"experts run by {asked!r} read their weights inside a kernel, which would leave their adapters out: choose "
-            f"another, model.set_experts_implementation({'grouped_mm'!r}), or exclude the experts"
+            f"experts run by {asked!r} read their weights in a kernel, which would leave their adapters out: choose "
+            "another one, model.set_experts_implementation('grouped_mm'), or exclude the experts"
         )
 
 
