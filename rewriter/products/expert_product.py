@@ -24,7 +24,7 @@ from ..emitter import Emitter, add_delta
 from ..errors import SpecError
 from ..method import Method
 from ..sites import Site
-from .experts import Experts
+from .stacked_experts import Experts
 
 _ALIGNED = 8  # elements: the grouped kernels want strides of 16 bytes, in any dtype of 2 bytes and up
 _ROW_WISE = {F.dropout, torch.mul, torch.narrow, torch.ops.aten.add_.Tensor, add_delta}

@@ -19,7 +19,7 @@ from ..calls.disabled import base_forward, is_off
 from ..errors import AdapterError
 from .expert_product import Beside, beside
 from .expert_stack import Stack, grouped_functions
-from .experts import Experts
+from .stacked_experts import Experts
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 _ASKED = "_experts_implementation"

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import SpecError
 from ..method import Decl, Declaration, InitContext, Method, Tensors
 from ..sites import Site
-from .experts import Experts
+from .stacked_experts import Experts
 
 
 def matrices(site: Site) -> tuple[Site, ...]:

@@ -16,10 +16,10 @@ from ..errors import AdapterError, CaptureError, TargetError
 from ..grafted_class import base_class, plain_view
 from ..modules.scripted import why_scripted
 from ..products.expert_weights import contracted_dim, is_experts
-from ..products.experts import Experts, Stacked
 from ..products.experts_forward import check_implementation
 from ..products.find import DIMS, find_products
 from ..products.product import ProductNode
+from ..products.stacked_experts import Experts, Stacked
 from ..sites import NoMatch, Site
 from ..spec import Target
 from .no_products import WITHOUT_PRODUCTS
