@@ -15,22 +15,25 @@ from torch import Tensor
 
 from .errors import AdapterError, listing
 from .method import Method, method_from_dict
+from .parts import cut_from
 from .state import AdapterRecord
 
 
 class SiteMethod(NamedTuple):
-    """What decides a site's numbers beside its tensors: the method, the site's size, the group it counts in."""
+    """What decides a site's numbers beside its tensors: the method, the site's size, the group it counts in, and how
+    its weight is cut into parts where their number does not say it (`Cut.plain`)."""
 
     method: Method
     out_features: int
     in_features: int
     group: int = 0
+    cut: tuple[int, ...] = ()
 
 
 def methods_of(record: AdapterRecord) -> dict[str, SiteMethod]:
     """Site name -> its method, in the order the sites count in."""
     return {
-        site.name: SiteMethod(group.method, site.out_features, site.in_features, index)
+        site.name: SiteMethod(group.method, site.out_features, site.in_features, index, site.plain_cut)
         for index, group in enumerate(record.groups)
         for site in group.sites
     }
@@ -58,12 +61,15 @@ class AdapterState(dict[str, Tensor]):
 
 def methods_to_dict(methods: Mapping[str, SiteMethod]) -> dict[str, list[Any]]:
     """A JSON-ready dict; `methods_from_dict` reads it back."""
-    return {site: [m.method.to_dict(), *m[1:]] for site, m in methods.items()}
+    return {site: [m.method.to_dict(), *m[1:4], *([list(m.cut)] if m.cut else [])] for site, m in methods.items()}
 
 
 def methods_from_dict(data: Mapping[str, Any]) -> dict[str, SiteMethod]:
     """The inverse of `methods_to_dict`. Raises `SpecError` on an unknown method or field."""
-    return {site: SiteMethod(method_from_dict(method), *rest) for site, (method, *rest) in data.items()}
+    return {
+        site: SiteMethod(method_from_dict(method), *rest[:3], *map(tuple, rest[3:]))
+        for site, (method, *rest) in data.items()
+    }
 
 
 def _rebuild(tensors: dict[str, Tensor], methods: dict[str, Any]) -> AdapterState:
@@ -108,6 +114,11 @@ def check_same_function(expected: Mapping[str, SiteMethod], state: Mapping[str, 
                 f"{what} is of another model: {site!r} is {there.out_features} x {there.in_features} there (out x in), "
                 f"{here.out_features} x {here.in_features} here"
             )
+        if here.cut != there.cut:
+            raise AdapterError(
+                f"{what} is of other rows: the weight of {site!r} is cut into {_cut(there.cut)} there, and into "
+                f"{_cut(here.cut)} here"
+            )
     ordered = [site for site, m in expected.items() if m.method.by_order]
     if ordered != [s for s in given if s in set(ordered)] or any(expected[s].group != given[s].group for s in ordered):
         raise AdapterError(f"{what} is of an adapter whose sites come in another order, so its projection is another")
@@ -120,6 +131,10 @@ def check_same_function(expected: Mapping[str, SiteMethod], state: Mapping[str, 
         )
 
 
+def _cut(plain: tuple[int, ...]) -> str:
+    return str(cut_from(plain)) if plain else "equal parts in one stretch"
+
+
 def _differing(here: Method, there: Method) -> str:
     ours, theirs = here.meaning(), there.meaning()
     return " and ".join(key for key in theirs if ours.get(key) != theirs[key]) or "a field"
@@ -128,7 +143,7 @@ def _differing(here: Method, there: Method) -> str:
 def _largest(methods: Mapping[str, SiteMethod]) -> dict[int, tuple[int, int]]:
     """Group -> the largest `(out, in)` of its sites."""
     found: dict[int, tuple[int, int]] = {}
-    for _, rows, columns, group in methods.values():
+    for _, rows, columns, group, _ in methods.values():
         out_features, in_features = found.get(group, (0, 0))
         found[group] = max(rows, out_features), max(columns, in_features)
     return found

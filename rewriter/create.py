@@ -69,7 +69,7 @@ def graft_adapter(
     check_no_tuners(source)
     check_unsharded(source)
     check_initialised(source)
-    resolution = resolve(source, spec)
+    resolution = resolve(source, spec, order)
     groups = _group(resolution, order)
     check_reachable(dict(base_modules(source)), (p for s, _ in resolution.sites for p in (s.owner, s.computed)))
     declared = declare(groups)

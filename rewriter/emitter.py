@@ -13,11 +13,13 @@ from torch import fx
 from .calls.call_values import current
 from .dialect import is_dialect, traits_of
 from .errors import SpecError
+from .parts import Rows
 from .sites import Site
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
 WEIGHT = "fxgraft_weight"  # plain attribute of an owner: what the delta of a slot is multiplied with, if not 1
 PROVENANCE = "fxgraft"  # key in node.meta
+_WRITTEN = "fxgraft_written"  # key in the meta of a view of an output: the rows an adapter adds to
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Emitter:
         self, graph: fx.Graph, site: Site, x: fx.Node, y: fx.Node, slot: int, method: str, weighted: bool = False
     ) -> None:
         self.graph, self.site, self.x, self.weighted = graph, site, x, weighted
-        self._output, self._slot = y, slot
+        self._output, self._slot, self._rows = y, slot, site.rows
         self._provenance = Provenance("graft", site.name, method)
 
     def _mark(self, node: fx.Node) -> fx.Node:
@@ -107,26 +109,38 @@ class Emitter:
         return self.call(current, name)
 
     @property
+    def output(self) -> fx.Node:
+        """The product's whole output so far, of all parts."""
+        return self._output
+
+    @property
     def y(self) -> fx.Node:
-        if self.site.whole:
-            return self._output
-        product, site = self.site.product, self.site
-        return self._call(torch.narrow, self._output, product.channel, site.offset, site.out_features)
+        return (
+            self._output if self._rows is None else self._rows.take(self._output, self.site.product.channel, self._call)
+        )
+
+    @property
+    def untouched(self) -> bool:
+        """Whether `y` is still the base's product: no adapter before this one has added to these rows."""
+
+        def written(view: fx.Node) -> bool:
+            rows: Rows | None = view.meta.get(_WRITTEN)
+            return rows is not None and (self._rows is None or rows.meets(self._rows))
+
+        return PROVENANCE not in self._output.meta and not any(map(written, self._output.users))
 
     def weight(self) -> fx.Node:
         """The base weight of this site in linear layout `(out, in)`."""
         node = self._mark(self.graph.get_attr(self.site.weight))
         node = self.site.product.matrix_node(self._call, node)
-        if not self.site.whole:
-            node = self.call(torch.narrow, node, 0, self.site.offset, self.site.out_features)
-        return node
+        return node if self._rows is None else self._rows.take(node, -2, self._call)
 
     def bias(self) -> fx.Node | None:
         """The base bias `(out,)` of this site, or None."""
         if self.site.bias is None:
             return None
         node = self._mark(self.graph.get_attr(self.site.bias))
-        return node if self.site.whole else self.call(torch.narrow, node, 0, self.site.offset, self.site.out_features)
+        return node if self._rows is None else self._rows.take(node, -1, self._call)
 
     def delta_weight(self) -> fx.Node:
         """What the delta is multiplied with, if that is not 1."""
@@ -146,8 +160,13 @@ class Emitter:
         """`y + delta`, or `y + weight * delta`."""
         if self.weighted:
             delta = self.call(torch.mul, delta, self.delta_weight())
-        if self.site.whole:
+        if self._rows is None:
             return self.call(add_delta, self._output, delta)
         # The sum is read through the whole output only: an operator whose schema says that it writes survives cleanup.
-        self.call(torch.ops.aten.add_.Tensor, self.y, delta)
+        dim = self.site.product.channel
+        blocks = self._rows.blocks(self._output, dim, self._call)
+        for view in (blocks, *blocks.all_input_nodes):
+            if self._output in view.all_input_nodes:
+                view.meta[_WRITTEN] = self._rows
+        self._call(torch.ops.aten.add_.Tensor, blocks, self._rows.split(delta, dim, self._call))
         return self._output

@@ -31,6 +31,7 @@ class Row:
         trainable: number of trained parameters; bytes: resident bytes, derived tensors included.
         made_by: the pass that made it.
         tied: what it is tied to, and whether that follows.
+        rows: of a part of a fused weight, which rows it is; `alias` the name that a layer of its own would have.
     """
 
     adapter: str
@@ -43,6 +44,13 @@ class Row:
     bytes: int
     made_by: str
     tied: str = ""
+    rows: str = ""
+    alias: str = ""
+
+    @property
+    def about(self) -> str:
+        """What is to be said of the site beside its name."""
+        return "; ".join(said for said in (self.alias, self.rows, self.tied) if said)
 
 
 COMPILED = "_fxgraft_compiled"  # attribute of a compiled model's root: a note for each graph
@@ -122,7 +130,7 @@ class Explanation:
         for row in self.rows:
             tensors = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in row.tensors.items())
             counts = (f"{row.trainable:,}", f"{row.bytes:,}")
-            site = f"{row.site} ({row.tied})" if row.tied else row.site
+            site = f"{row.site} ({row.about})" if row.about else row.site
             table.add_row(row.adapter, site, row.method, row.shape, tensors, *counts, row.made_by)
         out = io.StringIO()
         Console(file=out, width=140).print(table)
@@ -157,6 +165,8 @@ def _row(adapter: str, kind: str, site: str, module: AdapterTensors, made_by: st
         trainable=sum(p.numel() for p in module._parameters.values() if p is not None),
         bytes=_bytes(held),
         made_by=made_by,
+        rows="" if module.site is None or module.site.rows is None else str(module.site.rows),
+        alias=(module.site.alias if module.site else None) or "",
     )
 
 

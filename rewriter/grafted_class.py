@@ -193,8 +193,7 @@ def class_for(
     given: list[Site] = [s.site for s in slots]  # type: ignore[misc]
     sites = [site.at_host() for site in given]
     described = tuple(
-        (site.weight, site.bias, site.offset, site.parts, slots[index].method, index in weights)
-        for index, site in enumerate(sites)
+        (site.weight, site.bias, site.rows, slots[index].method, index in weights) for index, site in enumerate(sites)
     )
     key = (traced.signature, described, held)
     known = _classes.get(key)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .parts import Cut, Rows, put
 from .products.product import NoMatch, Product
 
 __all__ = ["NoMatch", "Site"]
@@ -24,8 +26,7 @@ class Site:
         bias: the bias' attribute name, or None.
         in_features, out_features: lengths of the contracted and the produced dimension (of the part).
         product: how the model multiplies with the weight.
-        offset: where the part starts in the produced dimension; 0 for a whole weight.
-        part, parts: which of how many equal parts of the produced dimension; `0, 1` is the whole weight.
+        part, cut: which part of the produced dimension, and how that is cut; None for a whole weight.
         dtype, device: of the weight.
         form: how the model writes the product.
         host: dotted path of the module above the owner that computes the product with the owner's weight, which it
@@ -39,9 +40,8 @@ class Site:
     in_features: int
     out_features: int
     product: Product
-    offset: int
     part: int
-    parts: int
+    cut: Cut | None
     dtype: torch.dtype
     device: torch.device
     form: str
@@ -58,7 +58,44 @@ class Site:
 
     @property
     def whole(self) -> bool:
-        return self.parts == 1
+        return self.cut is None
+
+    @property
+    def parts(self) -> int:
+        return 1 if self.cut is None else len(self.cut.sizes)
+
+    @property
+    def rows(self) -> Rows | None:
+        """Where the part's rows lie in the produced dimension; None for all of them."""
+        return None if self.cut is None else self.cut.rows(self.part)
+
+    @property
+    def plain_cut(self) -> tuple[int, ...]:
+        """How the weight is cut, where the number of parts does not say it; empty for a whole weight too."""
+        return () if self.cut is None else self.cut.plain
+
+    @property
+    def offset(self) -> int:
+        return 0 if self.rows is None else self.rows.start
+
+    @property
+    def stem(self) -> str:
+        """The weight's name, without the part."""
+        return self.name if self.cut is None else self.name.rpartition("[")[0]
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The names that patterns find it by: its own, its weight's, and what a model with a layer of its own for the
+        part would call that, the usual one first."""
+        if self.cut is None:
+            return (self.name,)
+        names = self.cut.names[self.part] if self.cut.names else ()
+        return (self.name, self.stem, *(beside(self.stem, name) for name in names))
+
+    @property
+    def alias(self) -> str | None:
+        """The first of the names that a layer of its own would have."""
+        return self.answers[2] if len(self.answers) > 2 else None
 
     @property
     def key(self) -> str:
@@ -84,16 +121,48 @@ class Site:
         return replace(self, weight=f"{self.within}.{self.weight}", bias=bias)
 
     def linear_layout(self, weight: Tensor) -> Tensor:
-        """This site's part of the stored weight as `(out, in)`: a view where the weight's memory allows.
+        """This site's part of the stored weight as `(out, in)`: a view where the weight's memory and its rows allow.
 
         `(E, out, in)` where it stacks the matrices of experts.
         """
-        return self.product.matrix(weight).narrow(-2, self.offset, self.out_features)
+        return self.take(self.product.matrix(weight), -2)
+
+    def take(self, tensor: Tensor, dim: int) -> Tensor:
+        """This site's rows of a tensor whose dimension `dim` is the produced one."""
+        return tensor if self.rows is None else self.rows.take(tensor, dim)
 
     def put(self, weight: Tensor, values: Tensor) -> None:
         """Write `(out, in)` into this site's part of the stored weight."""
-        self.product.put(weight, self.offset, values)
+        if self.rows is not None and self.rows.groups > 1:
+            matrix = self.product.matrix(weight).clone()
+            put(self.rows, matrix, values, -2)
+            self.product.put(weight, 0, matrix)
+        else:
+            self.product.put(weight, self.offset, values)
+
+    def put_bias(self, bias: Tensor, values: Tensor) -> None:
+        """Write `(out,)` into this site's part of the bias."""
+        put(self.rows, bias, values, -1)
 
     def produced(self, weight: Tensor) -> int:
         """How many features the whole weight produces."""
         return self.product.matrix(weight).shape[-2]
+
+
+def beside(stem: str, name: str) -> str:
+    """The dotted name of a sibling."""
+    return f"{stem.rpartition('.')[0]}.{name}".lstrip(".")
+
+
+def cut_differently(sites: Iterable[Site]) -> str:
+    """What is said where sites of several adapters are parts of one weight that is not cut in one way; else empty."""
+    cuts: dict[tuple[str, str], Site] = {}
+    for site in sites:
+        other = cuts.setdefault((site.owner, site.weight), site)
+        if other.cut != site.cut:
+            return f"the adapters cut one weight differently: {_cut(other)} and {_cut(site)}"
+    return ""
+
+
+def _cut(site: Site) -> str:
+    return f"{site.name!r} into {'1 part' if site.cut is None else site.cut}"

@@ -20,28 +20,60 @@ class Target(Config):
 
     Args:
         pattern: as in `Spec.targets`.
-        parts: into how many equal parts the output dimension is cut.
-        select: the parts that get an adapter, counted from 0.
+        parts: into how many equal parts the output dimension is cut, or the size of each part.
+        select: the parts that get an adapter, counted from 0; or, without `parts`, their names in an architecture whose
+            cut is known (`"q_proj"`, `"v_proj"`).
+        groups: into how many stretches the output dimension is cut first, each of which has a piece of every part: the
+            heads where q, k and v of a head lie together. Sizes of parts are those inside one stretch.
     """
 
     pattern: str
-    parts: int = 1
-    select: Sequence[int] = (0,)
+    parts: int | Sequence[int] = 1
+    select: Sequence[int | str] | str = (0,)
+    groups: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "select", _names(self.select, "Target(select=...)"))
         _check_pattern(self.pattern, "Target.pattern")
-        if type(self.parts) is not int or self.parts < 1:
-            raise SpecError(f"Target(parts={self.parts!r}): allowed are whole numbers from 1 up")
+        if not isinstance(self.parts, int):
+            object.__setattr__(self, "parts", _names(self.parts, "Target(parts=...)"))
+        counts = (self.parts,) if isinstance(self.parts, int) else self.parts
+        if not counts or any(type(size) is not int or size < 1 for size in counts):
+            raise SpecError(
+                f"Target(parts={self.parts!r}): allowed are whole numbers from 1 up, the number of equal parts or the "
+                "sizes of all parts"
+            )
+        if type(self.groups) is not int or self.groups < 1:
+            raise SpecError(f"Target(groups={self.groups!r}): allowed are whole numbers from 1 up")
         if not self.select:
             raise SpecError(f"Target(select={self.select!r}): name at least one part")
-        for part in self.select:
-            if type(part) is not int or not 0 <= part < self.parts:
+        if self.by_name and (self.parts != 1 or self.groups != 1):
+            raise SpecError(
+                f"Target(select={self.select!r}, parts={self.parts!r}): parts are selected by name where the "
+                "architecture's own cut is known, and by number where parts= says how to cut"
+            )
+        for part in () if self.by_name else self.select:
+            if type(part) is not int or not 0 <= part < self.count:
                 raise SpecError(
-                    f"Target(select={self.select!r}): with parts={self.parts} allowed are 0..{self.parts - 1}"
+                    f"Target(select={self.select!r}): with parts={self.parts} allowed are 0..{self.count - 1}"
                 )
         if len(set(self.select)) != len(self.select):
             raise SpecError(f"Target(select={self.select!r}): name each part once")
+
+    @property
+    def by_name(self) -> bool:
+        return all(isinstance(part, str) and part for part in self.select)
+
+    @property
+    def count(self) -> int:
+        """How many parts there are."""
+        return self.parts if isinstance(self.parts, int) else len(self.parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        parts = self.parts if isinstance(self.parts, int) else list(self.parts)
+        groups = {} if self.groups == 1 else {"groups": self.groups}
+        return {"pattern": self.pattern, "parts": parts, "select": list(self.select), **groups}
 
 
 def _check_pattern(pattern: Any, where: str) -> None:
@@ -113,10 +145,7 @@ class Spec(Config):
         ties = {"keep_ties": self.keep_ties} if self.train else {}
         return {
             "method": self.method.to_dict(),
-            "targets": [
-                {"pattern": t.pattern, "parts": t.parts, "select": list(t.select)} if isinstance(t, Target) else t
-                for t in self.targets
-            ],
+            "targets": [t.to_dict() if isinstance(t, Target) else t for t in self.targets],
             "exclude": list(self.exclude),
             "train": list(self.train),
             "overrides": {pattern: method.to_dict() for pattern, method in self.overrides.items()},
@@ -146,6 +175,6 @@ def _target_from(given: Any) -> Any:
     """A `Target` from its dict; patterns as they are."""
     if not isinstance(given, Mapping):
         return given
-    if not {"pattern"} <= set(given) <= {"pattern", "parts", "select"}:
-        raise SpecError(f"a target has the keys pattern, parts and select, given was {given!r}")
+    if not {"pattern"} <= set(given) <= {"pattern", "parts", "select", "groups"}:
+        raise SpecError(f"a target has the keys pattern, parts, select and groups, given was {given!r}")
     return Target(**{**given, "select": _names(given.get("select", (0,)), "Target(select=...)")})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from .modules.scripted import is_linear
 from .sites import NoMatch, Site
 from .spec import ALL_LINEAR, Spec, Target
 from .state import Tie, find_state
+from .targeting.fused_parts import Choice, names_of_parts, parts_called, whole_or_parts
 from .targeting.no_products import refused_weights, why_none
 from .targeting.output_heads import output_heads
 from .targeting.patterns import inside, is_name, matches, no_match
@@ -43,21 +44,23 @@ def _select(
     candidates: Mapping[str, Candidate],
     heads: set[str],
     train: tuple[str, ...],
-) -> dict[str, tuple[Target | None, bool]]:
-    """Candidate name -> (its Target, whether it was asked for by more than `all-linear`)."""
-    chosen: dict[str, tuple[Target | None, bool]] = {}
+    known: Collection[str],
+) -> dict[str, Choice]:
+    """Candidate name -> what of it was asked for."""
+    chosen: dict[str, Choice] = {}
     for given in spec.targets:
         target = given if isinstance(given, Target) else None
         pattern = target.pattern if target else str(given)
         if pattern == ALL_LINEAR:
-            left = heads | routers(modules, (c.owner for c in candidates.values()))
-            hits = [n for n, c in candidates.items() if not inside(c.owner, left) and not inside(c.owner, train)]
+            apart = heads | routers(modules, (c.owner for c in candidates.values()))
+            hits = [n for n, c in candidates.items() if not inside(c.owner, apart) and not inside(c.owner, train)]
         else:
-            hits = [name for name in candidates if matches(name, pattern)]
+            hits = _hits(pattern, candidates, known)
             others = [n for n in modules if n and matches(n, pattern) and n not in candidates]
-            if not hits or is_name(pattern):
+            by_ending = is_name(pattern) and hits != [pattern]
+            if not hits or by_ending:
                 _refuse_kinds(pattern, modules)
-            if others and (not hits or is_name(pattern)):
+            if others and (not hits or by_ending):
                 kinds = ", ".join(f"{n!r} is a {base_class(modules[n]).__name__}" for n in others[:4])
                 inner = [n for n in candidates if n.startswith(others[0] + ".")]
                 hint = f"; inside it are {listing(inner, 4)}" if inner else ""
@@ -65,22 +68,27 @@ def _select(
                     f"target {pattern!r} matches {len(others)} module(s) without a linear weight of their own: "
                     f"{kinds}{hint}. Name linear layers, or exclude these"
                 )
-        if not hits:
-            raise no_match("target", pattern, candidates)
-        for name in hits:
-            asked = pattern != ALL_LINEAR
-            before = chosen.get(name)
-            if before is not None and before[0] != target and (before[0] or target):
+        if hits:
+            found = {name: whole_or_parts(modules, candidates[name], target) for name in hits}
+        elif not (found := {} if target else parts_called(pattern, modules, candidates)):
+            raise no_match("target", pattern, [*candidates, *names_of_parts(modules, candidates)])
+        for name, choice in found.items():
+            choice = replace(choice, asked=pattern != ALL_LINEAR)
+            joined = chosen[name].joined(choice) if name in chosen else choice
+            if joined is None:
                 raise TargetError(f"{name!r} is matched by two targets with different parts: {spec.targets}")
-            chosen[name] = (target, asked or (before is not None and before[1]))
+            chosen[name] = joined
     for pattern in spec.exclude:
         # names of modules count too, so that excluding a block excludes what is inside
         blocks = [n for n in modules if n and matches(n, pattern)]
         gone = [n for n, c in candidates.items() if matches(n, pattern) or inside(c.owner, blocks)]
-        if not gone:
+        if not gone and not (parts := parts_called(pattern, modules, candidates)):
             raise no_match("exclude", pattern, candidates)
         for name in gone:
             chosen.pop(name, None)
+        for name, part in {} if gone else parts.items():
+            if name in chosen and (left := chosen.pop(name).without(part, pattern, name)) is not None:
+                chosen[name] = left
     if not chosen:
         raise TargetError(f"targets {list(spec.targets)} are all taken out again by exclude {list(spec.exclude)}")
     return chosen
@@ -95,8 +103,23 @@ def _refuse_kinds(pattern: str, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def resolve(model: nn.Module, spec: Spec) -> Resolution:
+def _hits(pattern: str, candidates: Mapping[str, Candidate], known: Collection[str]) -> list[str]:
+    """The candidates a pattern means: the one of exactly this name before all whose names end with it.
+
+    Adapters that were saved before that was so have both: what is `known` of one says so.
+    """
+    hits = [name for name in candidates if matches(name, pattern)]
+    others = [name for name in hits if name != pattern]
+    if is_name(pattern) and pattern in hits and not any(name in known for name in others):
+        return [pattern]
+    return hits
+
+
+def resolve(model: nn.Module, spec: Spec, known: Collection[str] = ()) -> Resolution:
     """Find every site of a spec. Reads the model and changes nothing.
+
+    Args:
+        known: names of the sites, where the spec is that of an adapter which exists already.
 
     Raises:
         TargetError: a pattern matches nothing (near misses are listed) or something that cannot be adapted.
@@ -104,7 +127,7 @@ def resolve(model: nn.Module, spec: Spec) -> Resolution:
     modules = dict(base_modules(model))
     candidates = candidates_of(modules)
     train, parameters = to_train(spec, modules)
-    chosen = _select(spec, modules, candidates, output_heads(model), train)
+    chosen = _select(spec, modules, candidates, output_heads(model), train, known)
 
     sites: list[tuple[Site, Method]] = []
     left_out: list[str] = []
@@ -112,26 +135,27 @@ def resolve(model: nn.Module, spec: Spec) -> Resolution:
     for name, candidate in candidates.items():
         if name not in chosen:
             continue
-        target, asked = chosen[name]
+        choice = chosen[name]
         if inside(candidate.owner, train):
             raise TargetError(f"{name!r} is both a target and inside a trained module ({list(train)}): choose one")
         linear = product_with(modules, candidate)
         if isinstance(linear, NoMatch):
-            if asked:
+            if choice.asked:
                 raise TargetError(f"{name!r} cannot be adapted: {linear.reason}. Exclude it or choose other targets")
             if is_linear(modules[candidate.owner]):
                 left_out.append(f"{name or 'the root'} ({linear.reason})")
             continue
         weight: Any = modules[candidate.owner]._parameters[candidate.attribute]
         device = device_of(modules[candidate.owner], weight)
-        for site in sites_of(candidate, linear, weight, target, device):
-            # a part of a fused weight answers to its own name, `qkv[0]`, and to the weight's
-            hits = [p for p in spec.overrides if matches(site.name, p) or matches(name, p)]
+        cut, select = choice.settled(candidate, linear.product.matrix(weight).shape[-2], modules)
+        for site in sites_of(candidate, linear, weight, cut, select, device):
+            # a part of a fused weight answers to its own names, `qkv[0]` and `q_proj`, and to the weight's
+            hits = [p for p in spec.overrides if any(matches(answer, p) for answer in site.answers)]
             used_overrides.update(hits)
             sites.append((site, spec.overrides[hits[0]] if hits else spec.method))
     for pattern in spec.overrides:
         if pattern not in used_overrides:
-            raise no_match("override", pattern, [site.name for site, _ in sites])
+            raise no_match("override", pattern, [answer for site, _ in sites for answer in site.answers])
     if left_out and sites:
         warnings.warn(f"{ALL_LINEAR!r} left out {len(left_out)} layer(s): {'; '.join(left_out[:4])}", stacklevel=3)
     if not sites:

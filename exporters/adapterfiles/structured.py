@@ -199,5 +199,5 @@ def _site(name: str, out_features: int, in_features: int, dtype: str) -> Site:
     if [type(size) for size in (out_features, in_features)] != [int, int] or min(out_features, in_features) < 1:
         raise ValueError(f"site {name!r} is {out_features!r} x {in_features!r}")
     return Site(
-        name, name, "weight", None, in_features, out_features, LINEAR, 0, 0, 1, kind, torch.device("cpu"), "linear"
+        name, name, "weight", None, in_features, out_features, LINEAR, 0, None, kind, torch.device("cpu"), "linear"
     )  # fmt: skip

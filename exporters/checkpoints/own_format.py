@@ -7,10 +7,10 @@ versions that wrote it; the tensors are what `adapter_state` returns.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from ...rewriter.graft_plan import Plan
 from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first
 from ...rewriter.modules.wrappers import M, unwrap
+from ...rewriter.parts import cut_from
+from ...rewriter.sites import Site, beside
 from ...rewriter.spec import Spec
 from ...rewriter.state import record_of
 from ...rewriter.targeting.patterns import matches
@@ -33,6 +35,7 @@ from .graft_values import filled
 FORMAT, FORMAT_VERSION = "fxgraft", 1
 ABOUT = frozenset({"versions"})
 
+CUTS = "cuts"  # in the config: how weights are cut into parts whose number does not say it
 Size = tuple[int, int]
 
 
@@ -65,6 +68,7 @@ def save_own(
         "format_version": FORMAT_VERSION,
         "spec": record.spec.to_dict(),
         "sites": {s.name: [s.out_features, s.in_features] for s in record.sites},
+        **_cuts(record.sites),
         "versions": {"fxgraft": own, "torch": torch.__version__},
     }
     if (derived := derived_hash(root, name)) is not None:
@@ -86,12 +90,18 @@ def load_own(model: M, stored: Stored, name: str) -> M:
         CheckpointError: the files are damaged, of a newer version, or made for another model.
     """
     what = stored.what
-    spec, sites = _read_spec(stored)
+    spec, sites, cuts = _read_spec(stored)
 
     def fits(plan: Plan) -> None:
         here = {site.name: (site.out_features, site.in_features) for site in plan.sites}
         if here != sites:
             raise CheckpointError(_other_model(sites, here, f"{what} was made for another model than this {kind}"))
+        for site in plan.sites:
+            if (there := cuts.get(site.stem, _Cut(())).plain) != site.plain_cut:
+                raise CheckpointError(
+                    f"{what} was made for another model than this {kind}: {site.stem!r} is cut into "
+                    f"{cut_from(there) if there else 'equal parts'} there, and into {site.cut} here"
+                )
 
     kind = type(unwrap(model)).__name__
     hint = "The adapter was saved for another model or by another program"
@@ -111,8 +121,37 @@ def _other_model(there: Mapping[str, Size], here: Mapping[str, Size], what: str)
     )
 
 
-def _read_spec(stored: Stored) -> tuple[Spec, dict[str, Size]]:
-    """The spec of a folder of ours, and its sites `(out, in)` in the order they count in."""
+class _Cut(NamedTuple):
+    """How a weight is cut: `Cut.plain`, and the names of its parts."""
+
+    plain: tuple[int, ...]
+    names: tuple[tuple[str, ...], ...] = ()
+
+
+def _cuts(sites: Sequence[Site]) -> dict[str, Any]:
+    """The entry of the config that says how weights are cut; none where all cuts are into equal, nameless parts."""
+    told = {
+        site.stem: {"parts": list(site.cut.plain), "names": [list(names) for names in site.cut.names]}
+        for site in sites
+        if site.cut is not None and (site.cut.plain or site.cut.names)
+    }
+    return {CUTS: told} if told else {}
+
+
+def _read_cuts(given: Any, what: str) -> dict[str, _Cut]:
+    try:
+        cuts = {stem: _Cut(tuple(told["parts"]), tuple(map(tuple, told["names"]))) for stem, told in given.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{what}: {CUTS!r} in its {CONFIG} is {given!r}, expected parts and names") from error
+    for stem, (plain, names) in cuts.items():
+        numbers = all(type(size) is int and size > 0 for size in plain) and len(plain) != 1
+        if not numbers or not all(isinstance(name, str) for alike in names for name in alike):
+            raise CheckpointError(f"{what}: {CUTS!r} in its {CONFIG} says {given[stem]!r} of {stem!r}")
+    return cuts
+
+
+def _read_spec(stored: Stored) -> tuple[Spec, dict[str, Size], dict[str, _Cut]]:
+    """The spec of a folder of ours, its sites `(out, in)` in the order they count in, and how their weights are cut."""
     config, what = stored.config, stored.what
     version = config.get("format_version")
     if version != FORMAT_VERSION:
@@ -129,7 +168,7 @@ def _read_spec(stored: Stored) -> tuple[Spec, dict[str, Size]]:
         raise CheckpointError(f"{what}: {error}") from error
     sites = _sites(config["sites"], what)
     check_config_is_theirs(stored, ABOUT)
-    return spec, sites
+    return spec, sites, _read_cuts(config.get(CUTS, {}), what)
 
 
 def _sites(given: Mapping[str, Any], what: str) -> dict[str, Size]:
@@ -156,15 +195,17 @@ def read_state(directory: str | os.PathLike[str]) -> AdapterState:
 
 def own_state(stored: Stored) -> AdapterState:
     """The state in a folder of ours, without the model: for whoever has none, such as a package."""
-    spec, sites = _read_spec(stored)
+    spec, sites, cuts = _read_spec(stored)
     groups: dict[Method, int] = {}
     methods = {}
     for name, (out_features, in_features) in sites.items():
-        names = (name, name.partition("[")[0])  # a part of a fused weight answers to the weight's name too
+        stem, _, part = name.removesuffix("]").partition("[")  # a part of a fused weight answers to more names
+        cut = cuts.get(stem, _Cut(()))
+        names = (name, stem, *(beside(stem, alias) for alias in (cut.names[int(part)] if part and cut.names else ())))
         hits = [m for pattern, m in spec.overrides.items() if any(matches(n, pattern) for n in names)]
         method = hits[0] if hits else spec.method
         group = groups.setdefault(method, len(groups))
-        methods[name] = SiteMethod(method, out_features, in_features, group)
+        methods[name] = SiteMethod(method, out_features, in_features, group, cut.plain if part else ())
     return AdapterState(stored.tensors, methods)
 
 

@@ -24,6 +24,7 @@ from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.forms import Form, forms_of, put_entry
 from ...rewriter.method import ADAPTER_IDS
 from ...rewriter.modules.wrappers import M, unwrap
+from ...rewriter.sites import cut_differently
 from ...rewriter.spec import Spec
 from ...rewriter.state import find_state, record_of
 from ...rewriter.switch import active, base_of
@@ -101,6 +102,10 @@ def bank(
         raise AdapterError(f"bank(capacity={capacity!r}): {len(sources)} tenants need a whole number of at least that")
 
     form = _form(list(sources.values()), capacity + 1, rank, expand)
+    if said := cut_differently(site for source in sources.values() for site in source.sites):
+        raise AdapterError(
+            f"bank(...): {said}. Give tenants of the same targets, or serve the others in a bank of their own"
+        )
     sites = {site.name: site for source in sources.values() for site in source.sites}
     heads = {name for source in sources.values() for name in source.heads()}
     overrides = {exactly(sorted(heads)): Dense(slots=capacity + 1)} if heads else {}
@@ -259,6 +264,8 @@ def _entries(root: nn.Module, name: str, source: Source) -> dict[tuple[int, str]
     given, heads = source.modules(), source.heads()
     found: dict[tuple[int, str], Tensor] = {}
     placed = set()
+    if said := cut_differently((*record_of(root, BANK).sites, *source.sites)):
+        raise AdapterError(f"tenant {name!r} does not fit the bank: {said}")
     common = [site.name for site in record_of(root, BANK).sites if site.name not in heads]
     for _, stack in _stacks(root):
         site, form = stack.site, stack.method

@@ -152,17 +152,18 @@ def _spec_of(base: nn.Module, state: AdapterState) -> Spec:
     """The sites and methods of a state, and the modules that are trained with it: those its other tensors are of."""
     modules = dict(base_modules(base))
     parts: dict[str, list[int]] = {}
-    counts: dict[str, int] = {}
+    cuts: dict[str, tuple[int | tuple[int, ...], int]] = {}
     methods: dict[str, Method] = {}
-    for site, (method, out_features, in_features, _) in state.methods.items():
+    for site, (method, out_features, in_features, _, cut) in state.methods.items():
         stem = site.rpartition("[")[0] if site.endswith("]") else site
         methods[stem] = method
         if site.endswith("]"):
             parts.setdefault(stem, []).append(int(site[len(stem) + 1 : -1]))
-            counts[stem] = _numel(modules, stem) // (in_features * out_features)
+            groups, *sizes = cut or (1,)
+            cuts[stem] = tuple(sizes) or _numel(modules, stem) // (in_features * out_features), groups
     whole = [stem for stem in methods if stem not in parts]
     targets: list[str | Target] = [exactly(whole)] if whole else []
-    targets += [Target(exactly([stem]), counts[stem], tuple(chosen)) for stem, chosen in parts.items()]
+    targets += [Target(exactly([stem]), cuts[stem][0], tuple(chosen), cuts[stem][1]) for stem, chosen in parts.items()]
     first = next(iter(methods.values()))
     stems: dict[Method, list[str]] = {}
     for stem, method in methods.items():

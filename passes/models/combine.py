@@ -21,7 +21,7 @@ from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.grafted_class import plain_view
 from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.products.stacked_matrices import each
-from ...rewriter.sites import Site
+from ...rewriter.sites import Site, cut_differently
 from ...rewriter.state import grafted_modules, record_of, state_of
 from ...rewriter.switch import set_active
 from ...rewriter.tensors import adapter_modules, trained_modules
@@ -126,6 +126,7 @@ def _factors_by_site(
     """The sites of all adapters in the order they count in, and of each what the adapters that have it bring."""
     sites: dict[str, Site] = {}
     given: dict[str, list[tuple[float, Factors]]] = {}
+    cuts: list[Site] = []
     for name, weight in chosen.items():
         for _, tensors in adapter_modules(root, name, low_rank(root, name)):
             site = tensors.site
@@ -135,16 +136,11 @@ def _factors_by_site(
             found = each(site, unscaled, widened(tensors.tensors()))
             if bad := [k for k, t in zip("AB", found, strict=False) if not torch.isfinite(t).all()]:  # type: ignore[arg-type]
                 raise MergeError(f"adapter {name!r} at {site.name!r}: {listing(bad)} has NaN or infinite values")
-            sites[site.name] = site
+            sites.setdefault(site.name, site)
+            cuts.append(site)
             given.setdefault(site.name, []).append((weight, found))
-    cuts: dict[tuple[str, str], Site] = {}
-    for site in sites.values():
-        other = cuts.setdefault((site.owner, site.weight), site)
-        if other.parts != site.parts:
-            raise MergeError(
-                f"the adapters cut one weight differently: {other.name!r} into {other.parts} and {site.name!r} into "
-                f"{site.parts} parts; combine adapters of the same targets"
-            )
+    if said := cut_differently(cuts):
+        raise MergeError(f"{said}; combine adapters of the same targets")
     return list(sites.values()), given
 
 

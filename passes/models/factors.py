@@ -54,15 +54,18 @@ def trained(adapted: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 
 def sites_as_targets(sites: Sequence[Site]) -> tuple[Target | str, ...]:
-    """Targets that name exactly these sites, whatever patterns found them."""
+    """Targets that name exactly these sites, whatever patterns found them; each weight is cut in one way."""
     whole = [s.name for s in sites if s.whole]
     targets: list[Target | str] = [exactly(whole)] if whole else []
     parts: dict[str, list[Site]] = {}
     for site in sites:
         if not site.whole:
-            parts.setdefault(site.name.rpartition("[")[0], []).append(site)
-    for stem, cut in parts.items():
-        targets.append(Target(exactly([stem]), cut[0].parts, tuple(s.part for s in cut)))
+            parts.setdefault(site.stem, []).append(site)
+    for stem, ours in parts.items():
+        cut = ours[0].cut
+        assert cut is not None
+        sizes = len(cut.sizes) if len(set(cut.sizes)) == 1 else cut.sizes
+        targets.append(Target(exactly([stem]), sizes, tuple(s.part for s in ours), cut.groups))
     return tuple(targets)
 
 
@@ -100,7 +103,7 @@ def as_lora(
         values: site name -> `A (r, in)`, `B (out, r)`, every scale in them; ranks may differ. Stacked for experts.
     """
     ranks = {site.name: values[site.name][0].shape[-2] for site in sites}
-    stems = {site.name: site.name if site.whole else site.name.rpartition("[")[0] for site in sites}
+    stems = {site.name: site.stem for site in sites}
     for stem in {stems[site.name] for site in sites if not site.whole}:  # one rank for all parts of a weight
         parts = [n for n in stems if stems[n] == stem]
         ranks |= dict.fromkeys(parts, max(ranks[n] for n in parts))

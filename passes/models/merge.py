@@ -187,10 +187,9 @@ def _fold_weight(
         assert site is not None
         shared = {k: _wide(t, wide) for k, t in tensors.shared_tensors().items()}
         local = {k: _wide(t, wide) for k, t in tensors.tensors().items()}
-        span = slice(site.offset, site.offset + site.out_features)
         # every adapter's delta is of the base, as in the forward pass, not of what was merged before it
         base_part = site.linear_layout(base_weight)
-        base_bias_part = None if base_values is None else base_values[span]
+        base_bias_part = None if base_values is None else site.take(base_values, -1)
         merged, new_bias = fold(tensors.method, site, base_part, base_bias_part, shared, local)
         if not torch.isfinite(merged).all() or (new_bias is not None and not torch.isfinite(new_bias).all()):
             where = "the base weight" if not torch.isfinite(base_part).all() else f"adapter {name!r}"
@@ -208,7 +207,8 @@ def _fold_weight(
                         "that its forward adds to this product"
                     )
                 bias = weight.new_zeros(site.produced(weight))
-            bias[span] += factor * (new_bias if base_bias_part is None else new_bias - base_bias_part)
+            added = factor * (new_bias if base_bias_part is None else new_bias - base_bias_part)
+            site.put_bias(bias, site.take(bias, -1) + added)
             bias_changed = True
     for key, value, base in ((attribute, weight, stored), (bias_name, bias if bias_changed else None, base_bias)):
         if value is None or key is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..capture.trace import trace
 from ..errors import AdapterError, CaptureError, TargetError
 from ..grafted_class import base_class, plain_view
 from ..modules.scripted import why_scripted
+from ..parts import Cut
 from ..products.expert_weights import contracted_dim, is_experts
 from ..products.experts_forward import check_implementation
 from ..products.find import DIMS, find_products
@@ -110,33 +111,56 @@ def _hosted(modules: Mapping[str, nn.Module], candidate: Candidate, reader: str)
     return replace(found[0], bias_name=None if bias is None else bias.rpartition(".")[2], host=reader)
 
 
+def cut_of(candidate: Candidate, produced: int, target: Target) -> Cut | None:
+    """How a target with numbered parts cuts a weight that produces so many features; None for the whole of it."""
+    if target.count == 1 and target.groups == 1 and isinstance(target.parts, int):
+        return None
+    grouped = target.groups > 1
+    said = f"Target({target.pattern!r}, parts={target.parts}{f', groups={target.groups}' if grouped else ''})"
+    where = f"{candidate.name!r} produces {produced} features"
+    stretch, left = divmod(produced, target.groups)
+    if left:
+        raise TargetError(f"{said}: {where}, which {target.groups} does not divide")
+    where += f", {stretch} in each of {target.groups} groups" if grouped else ""
+    if isinstance(target.parts, int):
+        if stretch % target.parts:
+            raise TargetError(f"{said}: {where}, which {target.parts} does not divide")
+        return Cut((stretch // target.parts,) * target.parts, target.groups)
+    if sum(target.parts) != stretch:
+        raise TargetError(f"{said}: {where}, and these parts are {sum(target.parts)} together")
+    return Cut(tuple(target.parts), target.groups)
+
+
 def sites_of(
-    candidate: Candidate, linear: ProductNode | Stacked, weight: Tensor, target: Target | None, device: torch.device
+    candidate: Candidate,
+    linear: ProductNode | Stacked,
+    weight: Tensor,
+    cut: Cut | None,
+    select: Sequence[int],
+    device: torch.device,
 ) -> list[Site]:
+    """The sites of a weight: of the selected parts, or of the whole where it is not cut."""
     produced, contracted = linear.product.matrix(weight).shape[-2:]
-    parts = target.parts if target else 1
-    if produced % parts:
+    if linear.product.experts and cut is not None and cut.groups > 1:
         raise TargetError(
-            f"Target({target.pattern!r}, parts={parts}): {candidate.name!r} produces {produced} features, "  # type: ignore[union-attr]
-            f"which {parts} does not divide"
+            f"{candidate.name!r} stacks the weights of experts, and its parts lie apart there ({cut}): an adapter on "
+            "them would not be one block of rows. Adapt the whole weight"
         )
-    selected = target.select if target and parts > 1 else (0,)
     return [
         Site(
-            name=candidate.name if parts == 1 else f"{candidate.name}[{part}]",
+            name=candidate.name if cut is None else f"{candidate.name}[{part}]",
             owner=candidate.owner,
             weight=candidate.attribute,
             bias=linear.bias_name,
             in_features=contracted,
-            out_features=produced // parts,
+            out_features=produced if cut is None else cut.groups * cut.sizes[part],
             product=linear.product,
-            offset=part * (produced // parts),
             part=part,
-            parts=parts,
+            cut=cut,
             dtype=weight.dtype,
             device=device,
             form=linear.form,
             host=linear.host,
         )
-        for part in selected
+        for part in ((0,) if cut is None else select)
     ]

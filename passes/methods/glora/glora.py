@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ....rewriter.config_checks import check_positive_int, check_rank
-from ....rewriter.emitter import PROVENANCE, Emitter
+from ....rewriter.emitter import Emitter
 from ....rewriter.errors import MergeError, SpecError
 from ....rewriter.method import Decl, Declaration, InitContext, Method, Tensors
 from ....rewriter.sites import Site
@@ -23,21 +23,6 @@ from .glora_operators import glora, glora_supernet, glora_weight
 from .path import COLUMNS, PATHS, GLoRAPath, draw_mask, path_from_dict
 
 TENSORS = ("Ad", "Au", "Bd", "Bu", "Cd", "Cu", "D", "E")
-
-
-def _untouched(e: Emitter, y: fx.Node) -> bool:
-    """Whether y is still the base's product: no adapter before this one has added to this span of it."""
-    base = y if e.site.whole else y.args[0]
-    assert isinstance(base, fx.Node)
-    start, end = e.site.offset, e.site.offset + e.site.out_features
-
-    def written(user: fx.Node) -> bool:
-        if user is y or user.target is not torch.narrow or PROVENANCE not in user.meta:
-            return False
-        offset, length = user.args[2], user.args[3]
-        return bool(offset < end and start < offset + length)  # type: ignore[operator]
-
-    return PROVENANCE not in base.meta and not any(map(written, base.users))
 
 
 @dataclass(frozen=True)
@@ -120,18 +105,14 @@ class GLoRA(Method, key="glora"):
                     tensors[name].zero_()
 
     def emit(self, e: Emitter) -> fx.Node:
-        y = e.y
         shapes = self._shapes(e.site)
         if not shapes:  # a path of nothing leaves the site alone
-            if e.site.whole:
-                return y
-            base = y.args[0]
-            e.graph.erase_node(y)
-            return base  # type: ignore[return-value]
+            return e.output
+        y = e.y
         tensors = [e.tensor(name) if name in shapes else None for name in TENSORS]
         weight, bias = e.weight(), e.bias()
         biased = bias is not None and e.site.form != "matmul"  # `x @ W + b` adds its bias behind the product
-        clean = _untouched(e, y)
+        clean = e.untouched
         keep = clean and e.site.whole and "Ad" in shapes and not e.weighted
         if self.path is None:
             training = e.graph.get_attr("training")
