@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .calls.call_values import current
-from .dialect import is_dialect, traits_of
+from .dialect import cast, is_dialect, traits_of
 from .errors import SpecError
 from .parts import Rows
 from .sites import Site
@@ -39,7 +39,7 @@ def add_delta(y: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     into a view with a copy of the gradient.
     """
     if y.requires_grad or delta.requires_grad:
-        return y + delta
+        return y + cast(delta, y)  # of a product without an input of values the delta has the adapter's dtype
     y += delta
     return y
 
@@ -151,8 +151,8 @@ class Emitter:
         return self._mark(self.graph.get_attr("training"))
 
     def dropped(self, p: float) -> fx.Node:
-        """The input with dropout `p` in training; the input itself for `p = 0`."""
-        if p == 0:
+        """The input with dropout `p` in training; the input itself for `p = 0` and where it has no values to drop."""
+        if p == 0 or self.site.product.one_hot:
             return self.x
         return self.call(F.dropout, self.x, p, self.training())
 

@@ -22,7 +22,7 @@ from .state import Tie, find_state
 from .targeting.fused_parts import Choice, names_of_parts, parts_called, whole_or_parts
 from .targeting.no_products import refused_weights, why_none
 from .targeting.output_heads import output_heads
-from .targeting.patterns import inside, is_name, matches, no_match
+from .targeting.patterns import inside, is_name, matches, names_only, no_match
 from .targeting.routers import routers
 from .targeting.train_targets import check_parameters, check_ties, ties_of, to_train, with_ties
 from .targeting.weight_products import Candidate, candidates_of, product_with, sites_of
@@ -53,7 +53,8 @@ def _select(
         pattern = target.pattern if target else str(given)
         if pattern == ALL_LINEAR:
             apart = heads | routers(modules, (c.owner for c in candidates.values()))
-            hits = [n for n, c in candidates.items() if not inside(c.owner, apart) and not inside(c.owner, train)]
+            here = [n for n, c in candidates.items() if c.linear]
+            hits = [n for n in here if not inside(candidates[n].owner, (*apart, *train))]
         else:
             hits = _hits(pattern, candidates, known)
             others = [n for n in modules if n and matches(n, pattern) and n not in candidates]
@@ -70,6 +71,11 @@ def _select(
                 )
         if hits:
             found = {name: whole_or_parts(modules, candidates[name], target) for name in hits}
+        elif loose := [n for n, c in candidates.items() if c.loose and matches(n, pattern)]:
+            raise TargetError(
+                f"target {pattern!r} matches {listing(loose, 4)} alone, which may hold anything and are taken by their "
+                "names only: name the ones that you mean"
+            )
         elif not (found := {} if target else parts_called(pattern, modules, candidates)):
             raise no_match("target", pattern, [*candidates, *names_of_parts(modules, candidates)])
         for name, choice in found.items():
@@ -99,7 +105,8 @@ def _refuse_kinds(pattern: str, modules: Mapping[str, nn.Module]) -> None:
     for name, module in refused_weights(modules):
         if matches(name, pattern):
             raise TargetError(
-                f"{name!r} (target {pattern!r}) cannot be adapted: {base_class(module).__name__}: {why_none(module)}"
+                f"target {pattern!r}: {name!r} is a {base_class(module).__name__} and cannot be adapted: "
+                f"{why_none(module)}"
             )
 
 
@@ -108,7 +115,8 @@ def _hits(pattern: str, candidates: Mapping[str, Candidate], known: Collection[s
 
     Adapters that were saved before that was so have both: what is `known` of one says so.
     """
-    hits = [name for name in candidates if matches(name, pattern)]
+    alone = names_only(pattern)
+    hits = [name for name, c in candidates.items() if (alone or not c.loose) and matches(name, pattern)]
     others = [name for name in hits if name != pattern]
     if is_name(pattern) and pattern in hits and not any(name in known for name in others):
         return [pattern]
@@ -144,6 +152,8 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = ()) -> Resolu
                 raise TargetError(f"{name!r} cannot be adapted: {linear.reason}. Exclude it or choose other targets")
             if is_linear(modules[candidate.owner]):
                 left_out.append(f"{name or 'the root'} ({linear.reason})")
+            continue
+        if not choice.asked and not linear.product.linear:
             continue
         weight: Any = modules[candidate.owner]._parameters[candidate.attribute]
         device = device_of(modules[candidate.owner], weight)

@@ -16,6 +16,7 @@ from ...rewriter.errors import CheckpointError, listing
 from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first, reshard
 from ...rewriter.modules.wrappers import unwrap
+from ...rewriter.sites import Site
 from ...rewriter.state import AdapterRecord, grafted_modules, record_of
 from ...rewriter.targeting.patterns import inside
 from ...rewriter.tensors import adapter_modules
@@ -23,7 +24,7 @@ from .derived_hash import IN_METADATA, derived_hash
 from .folder_files import writable, write_folder
 from .foreign.format import OwnAdapter
 from .foreign.peft_folder import BIASES
-from .foreign.peft_targets import is_linear, saved_names, target_names
+from .foreign.peft_targets import is_embedding, is_linear, saved_names, target_names
 from .foreign.plain_keys import PREFIX
 from .formats import FORMATS
 from .own_format import save_own
@@ -126,9 +127,17 @@ def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: 
             f"{what}: PEFT's layers act when they are called, and the model reads the weights of {listing(hosted)} "
             "without calling them"
         )
-    others = [s.name for s in record.sites if not s.owner or s.weight != "weight" or not is_linear(modules[s.owner])]
+    others = [s.name for s in record.sites if not s.owner or s.weight != "weight" or not _wrapped(s, modules)]
     if others:
-        raise CheckpointError(f"{what}: PEFT adapts nn.Linear and Conv1D inside a model, and not {listing(others)}")
+        raise CheckpointError(
+            f"{what}: PEFT adapts nn.Linear and Conv1D inside a model, with LoRA nn.Embedding too, and not "
+            f"{listing(others)}"
+        )
+
+
+def _wrapped(site: Site, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether PEFT would wrap the layer of a site."""
+    return is_embedding(modules[site.owner]) if site.form == "embedding" else is_linear(modules[site.owner])
 
 
 def _bias(root: nn.Module, record: AdapterRecord, what: str) -> str:

@@ -68,7 +68,8 @@ class LoRA(Method, key="lora"):
         dropout: probability, on the adapter's input, in training only.
         rslora: scale by `alpha / sqrt(rank)` instead (rank-stabilised LoRA, arXiv 2312.03732, section 3).
 
-    Tensors per site: `A (rank, in)` uniform in ±1/sqrt(in), `B (out, rank)` zero; both train. Starts as a no-op.
+    Tensors per site: `A (rank, in)` uniform in ±1/sqrt(in), `B (out, rank)` zero; both train. Starts as a no-op. In an
+    embedding A is zero and B normal, as in the authors' code.
 
     Raises:
         SpecError: a value outside its range.
@@ -100,7 +101,11 @@ class LoRA(Method, key="lora"):
     def initialise(
         self, sites: Sequence[Site], shared: Tensors, local: Sequence[Tensors], context: InitContext
     ) -> None:
-        for tensors in local:
+        for site, tensors in zip(sites, local, strict=True):
+            if site.product.one_hot:  # no sum over `in` that a bound of 1/sqrt(in) would be for: the authors' embedding
+                tensors["A"].zero_()
+                torch.nn.init.normal_(tensors["B"])
+                continue
             torch.nn.init.kaiming_uniform_(tensors["A"], a=math.sqrt(5))
             tensors["B"].zero_()
 

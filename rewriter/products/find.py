@@ -11,11 +11,12 @@ from dataclasses import replace
 from torch import Tensor, fx
 
 from ..analysis.weight_views import is_fact, source_of, turned
+from .embedding import match_embedding
 from .linear import match_linear
 from .product import Matcher, NoMatch, ProductNode, Use
 
 #: every kind's look at a use of a weight, asked in this order
-KINDS: tuple[Matcher, ...] = (match_linear,)
+KINDS: tuple[Matcher, ...] = (match_linear, match_embedding)
 #: the numbers of dimensions of the weights they know
 DIMS = frozenset({2})
 
@@ -72,6 +73,8 @@ def _products_of(graph: fx.Graph, name: str, tensors: Mapping[str, Tensor]) -> l
 def _agreed(graph: fx.Graph, found: list[ProductNode], tensors: Mapping[str, Tensor]) -> list[ProductNode] | NoMatch:
     """The uses of one weight if they agree; the bias of `x @ W + b` counts only where it is the weight's own."""
     name = found[0].weight_name
+    if len(kinds := sorted({type(use.product).__name__ for use in found})) > 1:
+        return NoMatch(f"{name!r} is used in products of several kinds: {', '.join(kinds)}", found[-1].node.name)
     if len({use.product for use in found}) > 1:
         return NoMatch(f"{name!r} {found[0].product.several}", found[-1].node.name)
     biases = {use.bias_name for use in found}

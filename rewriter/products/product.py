@@ -34,6 +34,8 @@ class Product(abc.ABC):
     plain: ClassVar[bool] = False
     #: whether `all-linear` means it
     linear: ClassVar[bool] = False
+    #: x says which one of the features counts: it has no values to drop, and starting values are not for sums of many
+    one_hot: ClassVar[bool] = False
     #: what is said of a weight whose uses are several products
     several: ClassVar[str] = "is used in products that differ"
     #: how many matrices the weight stacks along its first dimension; 0 for one that is a matrix

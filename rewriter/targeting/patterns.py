@@ -28,6 +28,13 @@ def is_name(pattern: str) -> bool:
     return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
 
 
+def names_only(pattern: str) -> bool:
+    """Whether a pattern is a name, or an expression that lists whole names (`exactly`)."""
+    if not pattern.startswith("re:"):
+        return is_name(pattern)
+    return all(re.escape(re.sub(r"\\(.)", r"\1", one)) == one for one in pattern[3:].split("|"))
+
+
 def inside(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(root + ".") for root in roots)
 

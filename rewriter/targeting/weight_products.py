@@ -28,22 +28,30 @@ from .no_products import WITHOUT_PRODUCTS
 
 @dataclass(frozen=True)
 class Candidate:
-    """A 2-d parameter that may turn out to be a linear weight."""
+    """A parameter that may turn out to be the weight of a product.
+
+    Args:
+        linear: it has the shape of a linear's: `all-linear` looks at it.
+        loose: it may as well be a table of positions or a token: only its own name means it, and no glob.
+    """
 
     name: str
     owner: str
     attribute: str
+    linear: bool = True
+    loose: bool = False
 
 
 def candidates_of(modules: Mapping[str, nn.Module]) -> dict[str, Candidate]:
     found = {}
     for path, module in modules.items():
-        if isinstance(module, (nn.Embedding, *WITHOUT_PRODUCTS)):
+        if isinstance(module, WITHOUT_PRODUCTS):
             continue
         for attribute, parameter in module._parameters.items():
             if parameter is not None and (parameter.dim() in DIMS or is_experts(module, attribute)):
                 name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
-                found[name] = Candidate(name, path, attribute)
+                table = isinstance(module, nn.Embedding)
+                found[name] = Candidate(name, path, attribute, linear=not table, loose=table)
     return found
 
 

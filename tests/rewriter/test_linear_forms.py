@@ -96,6 +96,7 @@ SITES = {
     "its shape is read": (OI, lambda m, x: F.linear(x.view(-1, m.w.shape[1]), m.w).view(-1, m.w.size(0))),
     "contiguous": (OI, lambda m, x: x @ m.w.t().contiguous()),
     "detached": (OI, lambda m, x: F.linear(x, m.w.detach())),
+    "an embedding": (OI, lambda m, x: F.embedding(x.mul(9).long().abs() % 5, m.w)),
     "two weights": (OI, lambda m, x: F.linear(F.linear(x, m.w, m.b), m.v)),
 }
 REFUSED = {
@@ -126,8 +127,11 @@ REFUSED = {
     "its norm too": (OI, lambda m, x: F.linear(x, m.w) + m.w.norm(), "not a linear product"),
     "a penalty returned": (OI, lambda m, x: (F.linear(x, m.w), m.w.pow(2).sum())[0] + m.w.sum() * 0, "not a linear"),
     "returned": (OI, lambda m, x: (F.linear(x, m.w), m.w), "not a linear product"),
-    "an embedding": (OI, lambda m, x: F.embedding(x.long().abs() % 5, m.w), "not a linear product"),
-    "an embedding too": (IO, lambda m, x: x @ m.w + F.embedding(x[0, :1].long() * 0, m.w), "not a linear product"),
+    "an embedding too": (
+        IO,
+        lambda m, x: x @ m.w + F.embedding(x[0, :1].long() * 0, m.w),
+        "of several kinds: Embedding, Linear",
+    ),
     "summed": (SQ, lambda m, x: x @ x.t() @ x + m.w[:3], "not a linear product"),
     "mv": (OI, lambda m, x: torch.mv(m.w, x[0]), "not a linear product"),
     "einsum": (OI, lambda m, x: torch.einsum("ni,oi->no", x, m.w), "not a linear product"),
@@ -160,7 +164,7 @@ def explicit(model, adapted):
     (site,), state, twin = record_of(adapted, "default").sites, fg.adapter_state(adapted), copy.deepcopy(model)
     with torch.no_grad():
         delta = state["0.w.B"] @ state["0.w.A"] * (fg.LoRA().alpha / 2)
-        twin[0].w += delta if site.contracted == 1 else delta.t()
+        site.linear_layout(twin[0].w).add_(delta)
     return twin
 
 

@@ -126,7 +126,7 @@ class Odd(nn.Module):
         ({"targets": ["query", "valu"]}, "target 'valu' matches nothing"),
         ({"targets": "norm"}, "'norm' is a LayerNorm"),
         ({"targets": "conv"}, "'conv' is a Conv2d"),
-        ({"targets": "table"}, "'table' is a Embedding"),
+        ({"targets": "t*e"}, "'table' alone, which may hold anything"),
         ({"targets": "attention.out_proj"}, "silently skipped"),
         ({"targets": "query", "exclude": "query"}, "taken out again"),
         ({"targets": "query", "exclude": "nowhere"}, "exclude 'nowhere' matches nothing"),

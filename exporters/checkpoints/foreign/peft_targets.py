@@ -25,6 +25,11 @@ def is_linear(module: nn.Module) -> bool:
     return issubclass(kind, nn.Linear) or is_conv1d(module)
 
 
+def is_embedding(module: nn.Module) -> bool:
+    """Whether PEFT would wrap this module as an embedding, which its LoRA alone does."""
+    return issubclass(base_class(module), nn.Embedding)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' `Conv1D`, known by its name so that transformers need not be there."""
     return base_class(module).__name__ == "Conv1D"
@@ -87,9 +92,10 @@ def told_names(config: Mapping[str, Any], model: nn.Module, what: str) -> list[s
 
 
 def target_names(config: Mapping[str, Any], model: nn.Module, what: str) -> list[str] | None:
-    """The linear layers that PEFT would adapt, in model order; None where the config leaves it to PEFT's defaults."""
+    """The layers that PEFT would adapt, in model order; None where the config leaves it to PEFT's defaults."""
     root = unwrap(model)
     modules = dict(base_modules(root))
+    tables = config.get("peft_type") == "LORA"
     targets, exclude = config.get("target_modules"), config.get("exclude_modules") or []
     layers, layers_pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     saved = names_in(config.get("modules_to_save") or [], "modules_to_save", what)
@@ -106,7 +112,7 @@ def target_names(config: Mapping[str, Any], model: nn.Module, what: str) -> list
         raise CheckpointError(f"{what}: layers_to_transform={layers!r} in its config is not a list of layer numbers")
     found = []
     for name, module in modules.items():
-        if not name or not is_linear(module):
+        if not name or not (is_linear(module) or (tables and is_embedding(module))):
             continue
         if _regex(exclude, name, what) if isinstance(exclude, str) else _ends(name, exclude):
             continue

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ....passes.methods.lora import LoRA
+from ....rewriter.adapter_tensors import AdapterTensors
 from ....rewriter.errors import CheckpointError, listing
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format, OwnAdapter, Written
@@ -20,13 +24,11 @@ FIELDS = frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_patte
 def read(folder: ForeignFolder) -> ForeignAdapter:
     what = folder.what
     check_config(folder, FIELDS, BIASES["LORA"])
-    if layers := [key.partition(".lora_embedding_")[0] for key in folder.tensors if ".lora_embedding_" in key]:
-        raise CheckpointError(
-            f"{what} has a LoRA on an embedding (lora_embedding_A), "
-            f"{listing(dict.fromkeys(layer.removeprefix(PREFIX) for layer in layers))}, and only linear layers take "
-            "one here: merge it in PEFT and load the merged model"
-        )
-    sites, train, values = peft_sites(folder, r"(?P<name>lora_[AB])\.weight")
+    tables, rest = folder.by_site(folder.tensors, rf"{re.escape(PREFIX)}(?P<site>.+)\.lora_embedding_(?P<name>[AB])")
+    sites, train, values = peft_sites(folder, r"(?P<name>lora_[AB])\.weight", rest)
+    for site, given in tables.items():
+        _check_padding(folder, site, given)
+        sites[site] = {f"lora_{letter}": tensor for letter, tensor in given.items()}
     check_sites(folder, sites, ("lora_A", "lora_B"))
     uncalled, warning = attention_outputs(folder.model), ""
     if inert := [site for site in sites if site in uncalled]:
@@ -40,6 +42,32 @@ def read(folder: ForeignFolder) -> ForeignAdapter:
     for site, given in kept.items():
         values |= {f"{site}.A": given["lora_A"], f"{site}.B": given["lora_B"]}
     return ForeignAdapter({site: lora_at(folder, site) for site in kept}, values, train, warning)
+
+
+def _check_padding(folder: ForeignFolder, site: str, given: Mapping[str, Tensor]) -> None:
+    """Raise where an adapter changes the row of an embedding's `padding_idx`, which no training does."""
+    padding = getattr(folder.modules.get(site), "padding_idx", None)
+    factor = given.get("A")
+    if padding is None or factor is None or factor.dim() != 2 or not -factor.shape[1] <= padding < factor.shape[1]:
+        return
+    if factor[:, padding].any():
+        raise CheckpointError(
+            f"{folder.what} changes row {padding} of the embedding {site!r}, its padding_idx, which training leaves as "
+            "it is and so do adapters here: set padding_idx=None on the embedding first, if that is meant"
+        )
+
+
+def _stored(name: str, letter: str, module: AdapterTensors) -> tuple[str, Tensor]:
+    """Key and tensor of a factor; of an embedding's A without the padding entry, which takes no part here."""
+    tensor = module.tensors()[letter]
+    assert module.site is not None
+    if not module.site.product.one_hot:
+        return f"{PREFIX}{name}.lora_{letter}.weight", tensor
+    padding = getattr(module.site.product, "padding_idx", None)
+    if letter == "A" and padding is not None:
+        tensor = tensor.detach().clone()
+        tensor[:, padding] = 0
+    return f"{PREFIX}{name}.lora_embedding_{letter}", tensor
 
 
 def lora_at(folder: ForeignFolder, site: str) -> LoRA:
@@ -77,11 +105,7 @@ def write(adapter: OwnAdapter) -> Written:
         "fan_in_fan_out": adapter.on_conv1d,
         "init_lora_weights": True,
     }
-    return fields, {
-        f"{PREFIX}{name}.lora_{letter}.weight": module.tensors()[letter]
-        for name, module in adapter.sites.items()
-        for letter in "AB"
-    }
+    return fields, dict(_stored(name, letter, module) for name, module in adapter.sites.items() for letter in "AB")
 
 
 def _number(given: float) -> Any:

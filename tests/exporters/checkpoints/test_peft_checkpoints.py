@@ -543,7 +543,7 @@ TENSORS = {
     "unknown": ("lora", {}, lambda t: t.update(x=torch.ones(1)), "not understood: 'x'"),
     "no prefix": ("lora", {}, lambda t: t.update({QUERY[17:] + ".lora_A.weight": torch.ones(1)}), "not understood"),
     "dora": ("lora", {}, lambda t: t.update({f"{QUERY}.lora_magnitude_vector": torch.ones(32)}), "lora_magnitude"),
-    "embedding": ("lora", {}, lambda t: t.update({f"{QUERY}.lora_embedding_A": torch.ones(2)}), "lora_embedding_A"),
+    "embedding": ("lora", {}, lambda t: t.update({f"{QUERY}.lora_embedding_A": torch.ones(2)}), "query: lora_B"),
     "one half is missing": ("lora", {}, lambda t: t.pop(f"{QUERY}.lora_B.weight"), "lacks 1 tensor.*query: lora_B"),
     "a layer is missing": (
         "lora", {}, lambda t: [t.pop(f"{QUERY}.lora_{x}.weight") for x in "AB"], "lacks the tensors of 1 layer",
