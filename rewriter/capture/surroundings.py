@@ -15,6 +15,7 @@ import gc
 import random
 import sys
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -221,14 +222,27 @@ def _loads(code: types.CodeType) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield kind, str(instruction.argval), tuple(chain)
 
 
+_functions: dict[int, weakref.WeakSet[types.FunctionType]] = {}  # id of a code -> functions that had it
+_MAX_FUNCTIONS = 4096
+
+
 def _cell(code: types.CodeType, name: str, value: Any) -> types.CellType:
     """The cell a running function reads a variable from."""
-    for function in gc.get_referrers(code):
-        if isinstance(function, types.FunctionType) and function.__code__ is code:
-            cell = (function.__closure__ or ())[code.co_freevars.index(name)]
-            if cell.cell_contents is value:
-                return cell
-    return types.CellType(value)
+
+    def found() -> types.CellType | None:
+        for function in _functions.get(id(code), ()):
+            if function.__code__ is code:
+                cell = (function.__closure__ or ())[code.co_freevars.index(name)]
+                if cell.cell_contents is value:
+                    return cell
+        return None
+
+    if (cell := found()) is None:  # gc looks through all that lives, a tenth of a second beside big libraries
+        if len(_functions) >= _MAX_FUNCTIONS:
+            _functions.clear()
+        _functions[id(code)] = weakref.WeakSet(f for f in gc.get_referrers(code) if isinstance(f, types.FunctionType))
+        cell = found()
+    return types.CellType(value) if cell is None else cell
 
 
 def _restore(read: Read) -> None:

@@ -17,6 +17,7 @@ from ....rewriter.errors import CheckpointError, SpecError
 from ....rewriter.grafted_class import base_class
 from ....rewriter.modules.wrappers import unwrap
 from ....rewriter.targeting.bounded_regex import full_match
+from ....rewriter.targeting.model_embeddings import told_embeddings
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -75,10 +76,9 @@ def _layer(name: str, patterns: Any, what: str) -> int | None:
 def _linear_names(model: nn.Module, modules: Mapping[str, nn.Module], task: Any) -> list[str]:
     """What PEFT makes of `all-linear`: every linear layer but the output embedding or the classifier."""
     names = [name for name, module in modules.items() if name and is_linear(module)]
-    get_output = getattr(model, "get_output_embeddings", None)
-    if not callable(get_output):
+    if not callable(getattr(model, "get_output_embeddings", None)):
         return names
-    head = get_output()
+    head = told_embeddings(model, "output")
     if head is None and task == "SEQ_CLS":
         head = getattr(model, "score", None) or getattr(model, "classifier", None)
     if not isinstance(head, nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ....rewriter.base_names import base_modules, base_parameters
 from ....rewriter.errors import CheckpointError, listing
 from ....rewriter.modules.wrappers import unwrap
+from ....rewriter.targeting.model_embeddings import told_embeddings
 from .foreign_folder import ForeignFolder
 from .peft_targets import names_in, saved_names
 from .plain_keys import PREFIX, WRAPPERS
@@ -71,8 +72,7 @@ def _trained_biases(folder: ForeignFolder) -> tuple[str, ...]:
 def embeddings(model: nn.Module) -> set[str]:
     """The input and output embeddings, which PEFT stores with an adapter that does not name them."""
     root = unwrap(model)
-    getters = (getattr(root, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    found = {id(getter()) for getter in getters if callable(getter)}
+    found = {id(told_embeddings(root, which)) for which in ("input", "output")}
     return {n for n, m in base_modules(root, every_name=True) if id(m) in found or n.split(".")[-1] in _EMBEDDINGS}
 
 
