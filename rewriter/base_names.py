@@ -10,6 +10,7 @@ from .adapter_tensors import Container
 from .errors import AdapterError
 from .modules.offloaded import values_of
 from .modules.wrappers import unwrap
+from .quantised.quantised import quantised
 from .sites import Site
 
 
@@ -56,7 +57,11 @@ def lookup(model: nn.Module, path: str) -> nn.Module:
 
 
 def weight_at(modules: Mapping[str, nn.Module], site: Site) -> Tensor:
-    """The base weight of a site, as it is stored, wherever that is."""
-    weight = values_of(modules[site.owner], site.weight)
+    """The base weight of a site, as it is stored, wherever that is; of a quantised layer in floating point, made for
+    this call."""
+    owner = modules[site.owner]
+    if (kind := quantised(owner)) is not None:
+        return kind.weight(owner)
+    weight = values_of(owner, site.weight)
     assert weight is not None
     return weight

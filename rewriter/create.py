@@ -23,10 +23,12 @@ from .modules import missing_values
 from .modules.bias_slot import bias_slot
 from .modules.foreign_tuners import check_no_tuners
 from .modules.offloaded import check_reachable, loaded, shared_stores
+from .modules.quantised_sites import check_quantised
 from .modules.save_hook import take_over_saving
 from .modules.scripted import check_initialised
 from .modules.shards import check_unsharded
 from .modules.wrappers import M, unwrap
+from .one_by_one import OneByOne
 from .products import stacked_matrices
 from .sites import Site
 from .spec import Spec
@@ -75,6 +77,7 @@ def graft_adapter(
     declared = declare(groups)
     if check is not None:
         check(plan(groups, declared, resolution.train, resolution.parameters, dict(base_modules(source))))
+    check_quantised(dict(base_modules(source)), groups, training=initialise)
     adapted = copy_skeleton(source)
     state = adapted.__dict__.setdefault(STATE, ModelState())
     if not state.adapters:
@@ -169,8 +172,9 @@ def _create(
     with torch.no_grad():
         stacked_matrices.derive(group.method, group.sites, common, local)
         if initialise:
-            weights = [weight_at(modules, site).detach().to(site.device) for site in group.sites]
-            stacked_matrices.initialise(group.method, group.sites, common, local, weights, update)
+            sites = group.sites
+            weights = OneByOne(len(sites), lambda i: weight_at(modules, sites[i]).detach().to(sites[i].device))
+            stacked_matrices.initialise(group.method, sites, common, local, weights, update)
 
 
 def _train_parameters(modules: Mapping[str, nn.Module], names: Sequence[str], adapter: str, keep_ties: bool) -> None:

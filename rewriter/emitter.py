@@ -14,6 +14,7 @@ from .calls.call_values import current
 from .dialect import cast, is_dialect, traits_of
 from .errors import SpecError
 from .parts import Rows
+from .quantised.quantised import WEIGHT_OF, opaque_call
 from .sites import Site
 
 SLOT = "fxgraft_slot"  # plain attribute of an owner: the active adapter's tensors
@@ -131,7 +132,10 @@ class Emitter:
 
     def weight(self) -> fx.Node:
         """The base weight of this site in linear layout `(out, in)`."""
-        node = self._mark(self.graph.get_attr(self.site.weight))
+        if opaque_call(self.graph) is not None:
+            node = self._mark(self.graph.call_module(WEIGHT_OF))
+        else:
+            node = self._mark(self.graph.get_attr(self.site.weight))
         node = self.site.product.matrix_node(self._call, node)
         return node if self._rows is None else self._rows.take(node, -2, self._call)
 

@@ -28,6 +28,7 @@ from .modules.missing_values import keeps_values
 from .modules.offloaded import HOOKED, follow_class, is_hooked
 from .modules.trained_copy import followed, only_off, plain, retrained
 from .products.experts_forward import described_experts, experts_namespace
+from .quantised.quantised import PRODUCT, members, quantised
 from .sites import Site
 
 HOSTED = "fxgraft_hosted"  # plain attribute of a host: adapter -> the owners below whose products it computes
@@ -204,9 +205,11 @@ def class_for(
             parameters.update({f"{within}.{n}": p for n, p in below.items() if p is not None})
         adapters = [(site, slots[i].method, i in weights) for i, site in enumerate(sites)]
         graph = graft_graph(traced.graph, parameters, adapters)  # type: ignore[arg-type]
-        forward = compile_forward(graph, base, traced.reads, _renewed)
+        layer: dict[str, Any] = {} if (kind := quantised(view)) is None else members(base, kind)
+        forward = compile_forward(graph, base, traced.reads, _renewed, layer.get(PRODUCT))
         reads = frozenset(read.path[0] for read in traced.reads if read.root is None)
-        known = _class(key, base, {**tied, "forward": forward, "fxgraft_graph": graph, "fxgraft_reads": reads})
+        namespace = {**tied, "forward": forward, "fxgraft_graph": graph, "fxgraft_reads": reads, **layer}
+        known = _class(key, base, namespace)
         weakref.finalize(known, linecache.cache.pop, forward.__code__.co_filename, None)
     return known
 

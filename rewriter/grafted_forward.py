@@ -25,14 +25,18 @@ _UNLESS_OFF = """\
 
 
 def compile_forward(
-    graph: fx.Graph, base: type[nn.Module], reads: Sequence[Read], renewed: Callable[[nn.Module], Any]
+    graph: fx.Graph,
+    base: type[nn.Module],
+    reads: Sequence[Read],
+    renewed: Callable[[nn.Module], Any],
+    product: Callable[..., Any] | None = None,
 ) -> Any:
     """The graph as a Python function with its source where tracebacks find it.
 
     Inside `disabled` it runs the base's forward; where something of `reads` has changed, what `renewed(self)` gives.
     """
     code = eager_form(graph).python_code("self")
-    namespace = {**code.globals, "fxgraft_nothing": nothing, "fxgraft_base_forward": base_forward(base)}
+    namespace = {**code.globals, "fxgraft_nothing": nothing, "fxgraft_base_forward": base_forward(base, product)}
     exec(code.src, namespace)
     given = ", ".join(_passed(p) for p in list(inspect.signature(namespace["forward"]).parameters.values())[1:])
     first = [_UNLESS_OFF.format(given=given)]

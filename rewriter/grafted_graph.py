@@ -11,6 +11,7 @@ from .emitter import Emitter
 from .errors import CaptureError
 from .method import Method
 from .products.find import find_products
+from .products.opaque import opaque_product
 from .sites import NoMatch, Site
 
 
@@ -26,7 +27,8 @@ def graft_graph(
     output = result.graph_copy(graph, copied)
     result.output(output)
     result.set_codegen(graph._codegen)
-    found = find_products(result, parameters)
+    opaque = opaque_product(result)
+    found = find_products(result, parameters) if opaque is None else {"weight": [opaque]}
     replaced: dict[fx.Node, fx.Node] = {}
 
     def current(node: fx.Node) -> fx.Node:

@@ -13,7 +13,10 @@ from .base_names import weight_at
 from .errors import AdapterError, listing
 from .modules.missing_values import missing, settle
 from .modules.wrappers import M, unwrap
+from .one_by_one import OneByOne
 from .products import stacked_matrices
+from .quantised.quantised import quantised
+from .sites import Site
 from .state import Group, grafted_modules, record_of, state_of
 from .tensors import adapter_modules, trained_modules
 
@@ -58,10 +61,10 @@ def _values(
     lacking = {id(holder): missing(holder) for holder in holders}
     if not any(lacking.values()):
         return []
-    weights = [weight_at(modules, site) for site in group.sites]
-    if absent := [site.name for site, weight in zip(group.sites, weights, strict=True) if weight.is_meta]:
+    devices = [_device(modules, site) for site in group.sites]
+    if absent := [site.name for site, device in zip(group.sites, devices, strict=True) if device.type == "meta"]:
         raise AdapterError(f"the base weights of {listing(absent, 4)} are on the meta device: load them first")
-    device = weights[0].device
+    device = devices[0]
     fresh = {
         id(holder): {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in holder.tensors().items()}
         for holder in holders
@@ -70,8 +73,15 @@ def _values(
     local = [fresh[id(place)] for place in places]
     stacked_matrices.derive(group.method, group.sites, common, local)
     if any(n not in holder._non_persistent_buffers_set for holder in holders for n in lacking[id(holder)]):
-        stacked_matrices.initialise(group.method, group.sites, common, local, [_full(weight) for weight in weights])
+        stored = OneByOne(len(group.sites), lambda i: _full(weight_at(modules, group.sites[i])))
+        stacked_matrices.initialise(group.method, group.sites, common, local, stored)
     return [(holder, {n: fresh[id(holder)][n] for n in lacking[id(holder)]}) for holder in holders]
+
+
+def _device(modules: Mapping[str, nn.Module], site: Site) -> torch.device:
+    """Where a site's base weight is."""
+    owner = modules[site.owner]
+    return weight_at(modules, site).device if (kind := quantised(owner)) is None else kind.device(owner)
 
 
 def _base_values(path: str, base: nn.Module, copy: nn.Module) -> list[tuple[nn.Module, dict[str, Tensor]]]:

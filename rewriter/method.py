@@ -113,6 +113,8 @@ class Method(Config, abc.ABC):
     vectors: ClassVar[tuple[str, ...]] = ()
     #: fields that count in training or at the start only: given tensors compute the same whatever they say
     free: ClassVar[tuple[str, ...]] = ("dropout",)
+    #: whether its operator multiplies with the base weight itself
+    weighs: ClassVar[bool] = False
     #: whether a site's numbers depend on the sites before it (one projection handed out in order)
     by_order: ClassVar[bool] = False
     #: whether what it derives is drawn, and so compared with the saved adapter's where one is opened

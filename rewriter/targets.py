@@ -16,6 +16,7 @@ from .grafted_class import base_class
 from .method import Method
 from .modules.offloaded import device_of
 from .modules.scripted import is_linear
+from .quantised.quantised import Stored, quantised
 from .sites import NoMatch, Site
 from .spec import ALL_LINEAR, Spec, Target
 from .state import Tie, find_state
@@ -155,8 +156,10 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = ()) -> Resolu
             continue
         if not choice.asked and not linear.product.linear:
             continue
-        weight: Any = modules[candidate.owner]._parameters[candidate.attribute]
-        device = device_of(modules[candidate.owner], weight)
+        owner = modules[candidate.owner]
+        kind = quantised(owner)
+        weight: Any = owner._parameters[candidate.attribute] if kind is None else Stored.of(owner, kind)
+        device = weight.device if kind is not None else device_of(owner, weight)
         cut, select = choice.settled(candidate, linear.product.matrix(weight).shape[-2], modules)
         for site in sites_of(candidate, linear, weight, cut, select, device):
             # a part of a fused weight answers to its own names, `qkv[0]` and `q_proj`, and to the weight's

@@ -16,6 +16,7 @@ from ...rewriter.base_names import lookup
 from ...rewriter.create import graft_adapter
 from ...rewriter.forms import put_entry
 from ...rewriter.modules.wrappers import M, unwrap
+from ...rewriter.quantised.quantised import quantised
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
 from ...rewriter.state import record_of
@@ -38,7 +39,10 @@ def factors(adapted: nn.Module, name: str = "default") -> dict[str, tuple[Tensor
 
 def compute_dtype(root: nn.Module, site: Site) -> torch.dtype:
     """The dtype of the base weight, float32 for one that is quantised."""
-    weight = lookup(root, site.owner)._parameters[site.weight]
+    owner = lookup(root, site.owner)
+    if quantised(owner) is not None:
+        return torch.float32
+    weight = owner._parameters[site.weight]
     assert weight is not None
     return weight.dtype if weight.is_floating_point() else torch.float32
 

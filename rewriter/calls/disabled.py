@@ -71,13 +71,14 @@ def _now() -> tuple[int, ...]:
     return () if keys is nothing else keys
 
 
-def base_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of an owner's class before grafting, for calls inside `disabled`."""
+def base_forward(base: type[nn.Module], product: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The forward of an owner's class before grafting, for calls inside `disabled`; `product` where that is one call
+    that is guarded (`quantised/`)."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not captured():
             tell_recomputations()
-        return base.forward(self, *args, **kwargs)
+        return (base.forward if product is None else product)(self, *args, **kwargs)
 
     return forward
 

@@ -13,6 +13,7 @@ from ..errors import CaptureError
 from ..modules.offloaded import is_dispatched, loaded, release_moves, shared_stores
 from ..modules.scripted import share_scripted
 from ..modules.wrappers import M, strip_wrappers, unwrap
+from ..quantised.quantised import quantised
 from .source_writes import written
 
 #: buffers up to this many bytes are copied without asking who writes them
@@ -96,6 +97,9 @@ def copy_skeleton(model: M) -> M:
     for tensor in _shared_tensors(model, adapters):
         memo[id(tensor)] = _normal(tensor) if tensor.is_inference() else tensor
         keep.append(tensor)
+    for module in model.modules():
+        if (kind := quantised(module)) is not None:
+            kind.share(module, memo)
     try:
         result = copy.deepcopy(model, memo)
     except Exception as error:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, listing
+from ..quantised.quantised import opaque_graph, quantised
 from .multihead_attention import attention_graph, is_attention
 from .observation import Observation, is_bookkeeping, protected
 from .reads import Read
@@ -138,6 +139,9 @@ def trace(module: nn.Module) -> Trace:
             f"{type(module).__name__} has its forward replaced on the instance (an offloading hook?); "
             "remove the hook before rewriting"
         )
+    if (kind := quantised(module)) is not None:
+        bias = getattr(module, "bias", None) is not None
+        return Trace(opaque_graph(module), (type(module), type(module).forward, kind.name, kind.size(module), bias))
     structure = _structure(module)
     if is_attention(module):
         out = module._modules["out_proj"]

@@ -8,6 +8,7 @@ from ..capture.trace import trace
 from ..errors import CaptureError
 from ..grafted_class import plain_view
 from ..products.find import find_products
+from ..quantised.quantised import quantised
 from ..sites import NoMatch, Site
 
 
@@ -17,6 +18,8 @@ def bias_slot(owner: nn.Module, site: Site) -> str | None:
     Proven on the owner's graph with the slot filled; None where there is none, as in a product with a bare parameter.
     """
     view = plain_view(owner)
+    if quantised(view) is not None:  # merged it is a linear layer, which has one
+        return "bias"
     weight = owner._parameters[site.weight]
     assert weight is not None
     for name, value in view._parameters.items():

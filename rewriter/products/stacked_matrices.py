@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import SpecError
 from ..method import Decl, Declaration, InitContext, Method, Tensors
+from ..one_by_one import OneByOne
 from ..sites import Site
 from .stacked_experts import Experts
 
@@ -91,12 +92,17 @@ def initialise(
     update: Any = None,
 ) -> None:
     """`method.initialise`; `weights` are those of the sites as they are stored, and the method sees `(out, in)`."""
-    views = []
-    for site, weight in zip(sites, weights, strict=True):
-        view = site.linear_layout(weight)
-        views += list(view.unbind(0)) if site.experts else [view]
+    views: Sequence[Tensor]
+    if any(site.experts for site in sites):
+        views = [v for site, w in zip(sites, weights, strict=True) for v in _matrices(site, site.linear_layout(w))]
+    else:
+        views = OneByOne(len(sites), lambda i: sites[i].linear_layout(weights[i]))
     context = InitContext(views, update)
     method.initialise(all_matrices(sites), shared, all_unstacked(sites, local), context)
+
+
+def _matrices(site: Site, view: Tensor) -> list[Tensor]:
+    return list(view.unbind(0)) if site.experts else [view]
 
 
 def fold(

@@ -19,8 +19,10 @@ from ..parts import Cut
 from ..products.expert_weights import contracted_dim, is_experts
 from ..products.experts_forward import check_implementation
 from ..products.find import DIMS, find_products
+from ..products.opaque import opaque_product
 from ..products.product import ProductNode
 from ..products.stacked_experts import Experts, Stacked
+from ..quantised.quantised import quantised
 from ..sites import NoMatch, Site
 from ..spec import Target
 from .no_products import WITHOUT_PRODUCTS
@@ -46,6 +48,9 @@ def candidates_of(modules: Mapping[str, nn.Module]) -> dict[str, Candidate]:
     found = {}
     for path, module in modules.items():
         if isinstance(module, WITHOUT_PRODUCTS):
+            continue
+        if quantised(module) is not None:
+            found[path] = Candidate(path, path, "weight")
             continue
         for attribute, parameter in module._parameters.items():
             if parameter is not None and (parameter.dim() in DIMS or is_experts(module, attribute)):
@@ -74,10 +79,15 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
         return NoMatch(f"{base.__name__} computes experts, whose forward no graph can hold")
     if base.forward is nn.Module.forward:
         return NoMatch(f"{base.__name__} has no forward")
+    kind = quantised(plain_view(owner))
+    if kind is not None and (reason := kind.refusal(owner)) is not None:
+        return NoMatch(reason)
     try:
         graph = trace(plain_view(owner)).graph
     except CaptureError as error:
         return NoMatch(str(error))
+    if (opaque := opaque_product(graph)) is not None:
+        return opaque
     parameters = {n: p for n, p in owner._parameters.items() if p is not None}
     found = find_products(graph, parameters)[candidate.attribute]
     return found if isinstance(found, NoMatch) else found[0]

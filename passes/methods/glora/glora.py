@@ -49,6 +49,7 @@ class GLoRA(Method, key="glora"):
     not_low_rank: ClassVar[str | None] = (
         "GLoRA rescales the base weight elementwise (W0 * A has any rank) and changes the bias; use merge instead"
     )
+    weighs: ClassVar[bool] = True
     drawn: ClassVar[bool] = False  # a table of all paths, and the one that `set_paths` chose last
 
     rank: int = 4
