@@ -94,7 +94,8 @@ def _equal(parts: int) -> Sizes:
 def _head(facts: Facts) -> tuple[int, int]:
     """The number of heads and the size of one."""
     heads = int(facts("num_attention_heads", "num_heads", "n_head"))
-    return heads, int(getattr(facts.module, "head_dim", 0) or facts("hidden_size", "embed_dim") // heads)
+    own = getattr(facts.module, "head_dim", None) or getattr(facts.module, "attention_head_size", None)
+    return heads, int(own or facts("hidden_size", "embed_dim") // heads)
 
 
 def _per_head(facts: Facts, produced: int) -> Cut:
