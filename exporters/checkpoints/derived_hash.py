@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -16,7 +17,9 @@ from .folder_files import Stored, update_hash
 IN_CONFIG, IN_METADATA = "derived", "fxgraft.derived"
 
 
-def derived_hash(model: nn.Module, name: str, *, signs: bool = True) -> str | None:
+def derived_hash(
+    model: nn.Module, name: str, *, signs: bool = True, names: Mapping[str, str] | None = None
+) -> str | None:
     """SHA-256 of what an adapter draws by its config (Uni-LoRA's indices, VeRA's A and B); None: nothing.
 
     A vector means something only under the very indices it was trained with, and those follow from the config, the
@@ -25,10 +28,13 @@ def derived_hash(model: nn.Module, name: str, *, signs: bool = True) -> str | No
     Args:
         signs: of real numbers the signs only, which a model in another dtype rounds to the same; older folders have
             the hash of their values.
+        names: of sites that were called otherwise where it was saved -> what they were called.
     """
     root = unwrap(model)
     told, any_there = hashlib.sha256(), False
-    for prefix, tensors in adapter_modules(root, name, record_of(root, name)):
+    for here, tensors in adapter_modules(root, name, record_of(root, name)):
+        known = here if tensors.site is None else (names or {}).get(tensors.site.name)
+        prefix = here if known in (None, here) else f"{known}."
         for key in sorted(tensors._non_persistent_buffers_set if tensors.method.drawn else ()):
             tensor = tensors._buffers[key]
             if tensor is None or tensor.is_meta:
@@ -38,12 +44,12 @@ def derived_hash(model: nn.Module, name: str, *, signs: bool = True) -> str | No
     return told.hexdigest() if any_there else None
 
 
-def check_derived(model: nn.Module, name: str, stored: Stored) -> None:
+def check_derived(model: nn.Module, name: str, stored: Stored, names: Mapping[str, str] | None = None) -> None:
     """Raise where an adapter derives something else here than where it was saved; without a hash nothing is known."""
     said = stored.metadata.get(IN_METADATA, stored.config.get(IN_CONFIG))
-    if said is None or derived_hash(model, name) in (None, said):
+    if said is None or derived_hash(model, name, names=names) in (None, said):
         return
-    if derived_hash(model, name, signs=False) != said:
+    if derived_hash(model, name, signs=False, names=names) != said:
         raise CheckpointError(
             f"{stored.what} was trained with another projection than its config gives here: the order of the model's "
             "layers or the random generator of numpy or torch is another one. Load it where it was saved, and save it "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from ...rewriter.spec import Spec
 from ...rewriter.targeting.patterns import exactly, matches
 from .foreign.foreign_folder import ForeignAdapter, in_model_order
 from .graft_values import filled
+from .stored_cuts import exact_targets, names_here, parts_elsewhere, renamed
 
 
 def graft_foreign(model: M, foreign: ForeignAdapter, name: str, what: str) -> M:
@@ -29,8 +30,17 @@ def graft_foreign(model: M, foreign: ForeignAdapter, name: str, what: str) -> M:
     """
     if not foreign.methods:
         raise CheckpointError(f"{what} has no adapter tensors at all")
-    order = in_model_order(foreign.methods, model)
-    foreign = replace(foreign, methods={site: foreign.methods[site] for site in order})
+    names = names_here(model, foreign.methods, {})
+    if by_order := [site for site in names if foreign.methods[site].by_order]:
+        raise CheckpointError(
+            f"{what} has adapters at {listing(by_order)}, which are parts of fused layers in this "
+            f"{type(model).__name__}: its numbers go by the order of the layers where it was trained, which is not "
+            "known here. Load it there, and save it with fg.save_adapter"
+        )
+    there = {names.get(site, site): site for site in foreign.methods}
+    order = in_model_order(there, model)
+    foreign = replace(foreign, methods={there[site]: foreign.methods[there[site]] for site in order})
+    tensors = {renamed(key, names): tensor for key, tensor in foreign.tensors.items()} if names else foreign.tensors
 
     def fits(plan: Plan) -> None:
         if hosted := [site.name for site in plan.sites if site.host is not None]:
@@ -40,17 +50,18 @@ def graft_foreign(model: M, foreign: ForeignAdapter, name: str, what: str) -> M:
             )
         here = {site.name for site in plan.sites}
         if missing := [site for site in order if site not in here]:
-            close = near_misses(missing[0], [n for n, _ in base_modules(unwrap(model))], 2)
+            known = [*(n for n, _ in base_modules(unwrap(model))), *parts_elsewhere(model)]
+            close = near_misses(missing[0], known, 2)
             raise CheckpointError(
                 f"{what} was made for another model than this {type(model).__name__}, which has no linear layer "
                 f"{listing(missing)}" + (f"; close are {listing(close)}" if close else "")
             )
 
     hint = "The adapter is of another model, or its config of another adapter"
-    return filled(model, _spec_of(foreign, model), name, foreign.tensors, what, order=order, fits=fits, hint=hint)
+    return filled(model, _spec_of(foreign, model, names), name, tensors, what, order=order, fits=fits, hint=hint)
 
 
-def _spec_of(foreign: ForeignAdapter, model: nn.Module) -> Spec:
+def _spec_of(foreign: ForeignAdapter, model: nn.Module, names: Mapping[str, str]) -> Spec:
     """The spec that names each site exactly, whatever patterns the other program found them with."""
     ((common, _),) = Counter(foreign.methods.values()).most_common(1)
     others: dict[Method, list[str]] = {}
@@ -60,7 +71,7 @@ def _spec_of(foreign: ForeignAdapter, model: nn.Module) -> Spec:
     known = [name for name, _ in base_modules(unwrap(model))] + [n for n, _ in base_parameters(unwrap(model))]
     return Spec(
         common,
-        targets=(exactly(foreign.methods),),
+        targets=exact_targets(foreign.methods, names),
         train=tuple(_plain(path, known) for path in foreign.train),
         keep_ties=_ties_hold(foreign, model),
         overrides={exactly(sites): method for method, sites in others.items()},

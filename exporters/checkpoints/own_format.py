@@ -7,10 +7,11 @@ versions that wrote it; the tensors are what `adapter_state` returns.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first
 from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.parts import cut_from
-from ...rewriter.sites import Site, beside
+from ...rewriter.sites import beside
 from ...rewriter.spec import Spec
 from ...rewriter.state import record_of
 from ...rewriter.targeting.patterns import matches
@@ -31,11 +32,11 @@ from ...rewriter.tensors import live_state
 from .derived_hash import IN_CONFIG, check_derived, derived_hash
 from .folder_files import CONFIG, WEIGHTS, Stored, check_config_is_theirs, read_folder, writable, write_folder
 from .graft_values import filled
+from .stored_cuts import CUTS, StoredCut, exact_targets, names_here, read_cuts, renamed, stored_cuts
 
 FORMAT, FORMAT_VERSION = "fxgraft", 1
 ABOUT = frozenset({"versions"})
 
-CUTS = "cuts"  # in the config: how weights are cut into parts whose number does not say it
 Size = tuple[int, int]
 
 
@@ -68,7 +69,7 @@ def save_own(
         "format_version": FORMAT_VERSION,
         "spec": record.spec.to_dict(),
         "sites": {s.name: [s.out_features, s.in_features] for s in record.sites},
-        **_cuts(record.sites),
+        **stored_cuts(record.sites),
         "versions": {"fxgraft": own, "torch": torch.__version__},
     }
     if (derived := derived_hash(root, name)) is not None:
@@ -92,21 +93,28 @@ def load_own(model: M, stored: Stored, name: str) -> M:
     what = stored.what
     spec, sites, cuts = _read_spec(stored)
 
+    names = names_here(model, sites, cuts)
+    if names:
+        spec = replace(spec, targets=exact_targets(sites, names), exclude=())
+    wanted = {names.get(site, site): size for site, size in sites.items()}
+
     def fits(plan: Plan) -> None:
         here = {site.name: (site.out_features, site.in_features) for site in plan.sites}
-        if here != sites:
-            raise CheckpointError(_other_model(sites, here, f"{what} was made for another model than this {kind}"))
+        if here != wanted:
+            raise CheckpointError(_other_model(wanted, here, f"{what} was made for another model than this {kind}"))
         for site in plan.sites:
-            if (there := cuts.get(site.stem, _Cut(())).plain) != site.plain_cut:
+            there = cuts.get(site.stem, StoredCut()).plain
+            if there != site.plain_cut and site.name not in names.values():
                 raise CheckpointError(
                     f"{what} was made for another model than this {kind}: {site.stem!r} is cut into "
-                    f"{cut_from(there) if there else 'equal parts'} there, and into {site.cut} here"
+                    f"{cut_from(there) if there else 'equal parts'} there, and into {site.cut or 'no parts'} here"
                 )
 
     kind = type(unwrap(model)).__name__
     hint = "The adapter was saved for another model or by another program"
-    adapted = filled(model, spec, name, stored.tensors, what, order=list(sites), fits=fits, hint=hint, keep=True)
-    check_derived(adapted, name, stored)
+    tensors = {renamed(key, names): tensor for key, tensor in stored.tensors.items()} if names else stored.tensors
+    adapted = filled(model, spec, name, tensors, what, order=list(wanted), fits=fits, hint=hint, keep=True)
+    check_derived(adapted, name, stored, {here: there for there, here in names.items()})
     return adapted
 
 
@@ -121,36 +129,7 @@ def _other_model(there: Mapping[str, Size], here: Mapping[str, Size], what: str)
     )
 
 
-class _Cut(NamedTuple):
-    """How a weight is cut: `Cut.plain`, and the names of its parts."""
-
-    plain: tuple[int, ...]
-    names: tuple[tuple[str, ...], ...] = ()
-
-
-def _cuts(sites: Sequence[Site]) -> dict[str, Any]:
-    """The entry of the config that says how weights are cut; none where all cuts are into equal, nameless parts."""
-    told = {
-        site.stem: {"parts": list(site.cut.plain), "names": [list(names) for names in site.cut.names]}
-        for site in sites
-        if site.cut is not None and (site.cut.plain or site.cut.names)
-    }
-    return {CUTS: told} if told else {}
-
-
-def _read_cuts(given: Any, what: str) -> dict[str, _Cut]:
-    try:
-        cuts = {stem: _Cut(tuple(told["parts"]), tuple(map(tuple, told["names"]))) for stem, told in given.items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{what}: {CUTS!r} in its {CONFIG} is {given!r}, expected parts and names") from error
-    for stem, (plain, names) in cuts.items():
-        numbers = all(type(size) is int and size > 0 for size in plain) and len(plain) != 1
-        if not numbers or not all(isinstance(name, str) for alike in names for name in alike):
-            raise CheckpointError(f"{what}: {CUTS!r} in its {CONFIG} says {given[stem]!r} of {stem!r}")
-    return cuts
-
-
-def _read_spec(stored: Stored) -> tuple[Spec, dict[str, Size], dict[str, _Cut]]:
+def _read_spec(stored: Stored) -> tuple[Spec, dict[str, Size], dict[str, StoredCut]]:
     """The spec of a folder of ours, its sites `(out, in)` in the order they count in, and how their weights are cut."""
     config, what = stored.config, stored.what
     version = config.get("format_version")
@@ -168,7 +147,7 @@ def _read_spec(stored: Stored) -> tuple[Spec, dict[str, Size], dict[str, _Cut]]:
         raise CheckpointError(f"{what}: {error}") from error
     sites = _sites(config["sites"], what)
     check_config_is_theirs(stored, ABOUT)
-    return spec, sites, _read_cuts(config.get(CUTS, {}), what)
+    return spec, sites, read_cuts(config.get(CUTS, {}), what)
 
 
 def _sites(given: Mapping[str, Any], what: str) -> dict[str, Size]:
@@ -200,7 +179,7 @@ def own_state(stored: Stored) -> AdapterState:
     methods = {}
     for name, (out_features, in_features) in sites.items():
         stem, _, part = name.removesuffix("]").partition("[")  # a part of a fused weight answers to more names
-        cut = cuts.get(stem, _Cut(()))
+        cut = cuts.get(stem, StoredCut())
         names = (name, stem, *(beside(stem, alias) for alias in (cut.names[int(part)] if part and cut.names else ())))
         hits = [m for pattern, m in spec.overrides.items() if any(matches(n, pattern) for n in names)]
         method = hits[0] if hits else spec.method

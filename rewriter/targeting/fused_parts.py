@@ -112,6 +112,16 @@ def names_of_parts(modules: Mapping[str, nn.Module], candidates: Mapping[str, Ca
     return [beside(name, part) for name, known in _fused(modules, candidates) for part in known.usual]
 
 
+def parts_by_name(modules: Mapping[str, nn.Module], candidates: Mapping[str, Candidate]) -> dict[str, str]:
+    """Every name that a part would have as a layer -> the site it is."""
+    return {
+        beside(name, alias): f"{name}[{number}]"
+        for name, known in _fused(modules, candidates)
+        for number, names in enumerate(known.names)
+        for alias in names
+    }
+
+
 def _fused(modules: Mapping[str, nn.Module], candidates: Mapping[str, Candidate]) -> Iterator[tuple[str, Fused]]:
     for name, candidate in candidates.items():
         if (known := fused(modules, candidate)) is not None:

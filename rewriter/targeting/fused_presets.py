@@ -66,6 +66,13 @@ class Fused:
     def number(self, name: str) -> int | None:
         return next((i for i, names in enumerate(self.names) if name in names), None)
 
+    def fits(self, weight: str, produced: int) -> bool:
+        try:
+            self.cut(weight, produced)
+        except TargetError:
+            return False
+        return True
+
     def cut(self, weight: str, produced: int) -> Cut:
         """The cut of the weight's produced features.
 

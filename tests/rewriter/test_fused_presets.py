@@ -49,7 +49,7 @@ CAUSAL = {
         hf.DbrxModel,
         hf.DbrxConfig(
             d_model=32, n_heads=4, n_layers=1, vocab_size=31, max_seq_len=16,
-            attn_config={"kv_n_heads": 2, "clip_qkv": None, "rope_theta": 10000.0},
+            attn_config={"kv_n_heads": 2, "clip_qkv": 1e6, "rope_theta": 10000.0},
             ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1},
         ),
     ),

@@ -17,6 +17,9 @@ from ....rewriter.base_names import base_modules
 from ....rewriter.errors import CheckpointError, listing
 from ....rewriter.method import Method
 from ....rewriter.modules.wrappers import unwrap
+from ....rewriter.targeting.fused_parts import parts_by_name
+from ....rewriter.targeting.fused_presets import fused
+from ....rewriter.targeting.weight_products import candidates_of
 from .peft_targets import is_conv1d
 
 Config = Mapping[str, Any]
@@ -62,13 +65,35 @@ class ForeignFolder:
         """The base model's modules by name."""
         return dict(base_modules(unwrap(self.model)))
 
+    @cached_property
+    def known_parts(self) -> dict[str, tuple[str, int, int]]:
+        """The names that parts of fused layers would have as layers -> the fused layer and the part's `(in, out)`."""
+        found = {}
+        candidates = candidates_of(self.modules)
+        for name, site in parts_by_name(self.modules, candidates).items():
+            layer, _, number = site.removesuffix("]").partition("[")
+            sizes, known = self.sizes(layer), fused(self.modules, candidates[layer])
+            if name not in self.modules and sizes is not None and known is not None and known.fits(layer, sizes[1]):
+                cut = known.cut(layer, sizes[1])
+                found[name] = (layer, sizes[0], cut.groups * cut.sizes[int(number)])
+        return found
+
+    def parts(self, sites: Collection[str]) -> list[str]:
+        """The names of parts of fused layers, of such kinds as are among these sites, wherever the model has one."""
+        strange = [site for site in sites if site not in self.modules]
+        leaves = {site.rpartition(".")[2] for site in strange if site in self.known_parts}
+        return [name for name in self.known_parts if name.rpartition(".")[2] in leaves] if leaves else []
+
     def has_bias(self, site: str) -> bool:
         """Whether the base layer of a site has a bias."""
-        return getattr(self.modules.get(site), "bias", None) is not None
+        layer = site if site in self.modules else self.known_parts.get(site, (site,))[0]
+        return getattr(self.modules.get(layer), "bias", None) is not None
 
     def sizes(self, site: str) -> tuple[int, int] | None:
         """`(in, out)` of a layer; None where the model has none of that name with a matrix as its weight."""
         layer: Any = self.modules.get(site)
+        if layer is None and site in self.known_parts:
+            return self.known_parts[site][1:]
         if isinstance(layer, nn.Linear):  # a quantiser's weight has another shape
             return layer.in_features, layer.out_features
         shape = tuple(getattr(getattr(layer, "weight", None), "shape", ()))
@@ -124,7 +149,8 @@ class ForeignFolder:
 def in_model_order(names: Collection[str], model: nn.Module) -> list[str]:
     """The names in the order of the model's modules; those it does not have come last."""
     order = {name: i for i, (name, _) in enumerate(base_modules(unwrap(model)))}
-    return sorted(names, key=lambda name: order.get(name, len(order)))
+    stems = {name: name.partition("[")[0] for name in names}  # a part of a fused layer comes where the layer is
+    return sorted(names, key=lambda name: (order.get(stems[name], len(order)), name if name != stems[name] else ""))
 
 
 def empty(given: Any) -> bool:

@@ -92,7 +92,7 @@ def check_sites(folder: ForeignFolder, sites: Sites, names: Iterable[str] = (), 
     folder.all_there(sites, names)
     if not sites:
         raise CheckpointError(f"{what} has no adapter tensors at all")
-    named = told_names(folder.config, folder.model, what)
+    named = told_names(folder.config, folder.model, what, folder.parts(sites))
     if named is None:
         return
     if missing := [name for name in named if name not in sites]:

@@ -86,13 +86,17 @@ def _linear_names(model: nn.Module, modules: Mapping[str, nn.Module], task: Any)
     return [name for name in names if modules[name] is not unwrap(head)]
 
 
-def told_names(config: Mapping[str, Any], model: nn.Module, what: str) -> list[str] | None:
+def told_names(config: Mapping[str, Any], model: nn.Module, what: str, parts: Iterable[str] = ()) -> list[str] | None:
     """`target_names` where they can be known: a graph may have lost the model's module types and their order."""
-    return None if isinstance(unwrap(model), fx.GraphModule) else target_names(config, model, what)
+    return None if isinstance(unwrap(model), fx.GraphModule) else target_names(config, model, what, parts)
 
 
-def target_names(config: Mapping[str, Any], model: nn.Module, what: str) -> list[str] | None:
-    """The layers that PEFT would adapt, in model order; None where the config leaves it to PEFT's defaults."""
+def target_names(config: Mapping[str, Any], model: nn.Module, what: str, parts: Iterable[str] = ()) -> list[str] | None:
+    """The layers that PEFT would adapt, in model order; None where the config leaves it to PEFT's defaults.
+
+    Args:
+        parts: names of parts of fused layers, which count as layers of their own.
+    """
     root = unwrap(model)
     modules = dict(base_modules(root))
     tables = config.get("peft_type") == "LORA"
@@ -111,9 +115,8 @@ def target_names(config: Mapping[str, Any], model: nn.Module, what: str) -> list
     if not isinstance(chosen_layers, list) or not all(type(layer) is int for layer in chosen_layers):
         raise CheckpointError(f"{what}: layers_to_transform={layers!r} in its config is not a list of layer numbers")
     found = []
-    for name, module in modules.items():
-        if not name or not (is_linear(module) or (tables and is_embedding(module))):
-            continue
+    layers_here = [n for n, m in modules.items() if n and (is_linear(m) or (tables and is_embedding(m)))]
+    for name in (*layers_here, *parts):
         if _regex(exclude, name, what) if isinstance(exclude, str) else _ends(name, exclude):
             continue
         if any(_regex(rf"(.*\.)?{m}(\..*)?", name, what) for m in saved):
