@@ -29,6 +29,8 @@ def describe_inputs(example: Example, given: bool = False) -> dict[str, dict[str
             **(
                 {"kind": "given", "values": t.tolist()}
                 if given and not t.is_floating_point()
+                else {"kind": "ones"}
+                if name in example.ones
                 else _values(name, t.detach().cpu())
             ),
         }
@@ -78,6 +80,8 @@ def _drawn(about: Mapping[str, Any], shape: list[int], generator: np.random.Gene
         kept[0] = length
         places = np.arange(length)
         return (places >= length - kept) if about["left"] else (places < kept)
+    if kind == "ones":
+        return np.ones(shape)
     if kind == "count":
         return np.arange(shape[0])
     if kind == "choice":

@@ -22,7 +22,8 @@ class Example:
     """Example inputs, all by parameter name: `tensors` become inputs of the graph, `constants` are baked into it.
 
     `extra` are the names that `forward` takes through its `**catch_all`. An argument that is a dict is in `nested` as
-    {argument: {key: name}}, and its values are among the tensors and constants.
+    {argument: {key: name}}, and its values are among the tensors and constants. `ones` are masks that hide nothing,
+    in random inputs too.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -30,6 +31,7 @@ class Example:
     catch_all: str = ""
     extra: tuple[str, ...] = ()
     nested: dict[str, dict[str, str]] = field(default_factory=dict)
+    ones: tuple[str, ...] = ()
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -228,9 +230,9 @@ def other_sizes(example: Example, axes: Axes) -> list[dict[str, int]]:
 
     Longer sequences may be outside the model (a table of positions ends somewhere), shorter ones never are.
     """
-    sizes = {
-        symbol: example.tensors[name].shape[axis] for name, named in axes.items() for axis, symbol in named.items()
-    }
+    sizes = with_parts(
+        {symbol: example.tensors[name].shape[axis] for name, named in axes.items() for axis, symbol in named.items()}
+    )
     if not sizes:
         return []
     single, bigger = {}, {}
@@ -245,9 +247,27 @@ def other_sizes(example: Example, axes: Axes) -> list[dict[str, int]]:
 
 
 def add_up(sizes: dict[str, int]) -> dict[str, int]:
-    """The sizes, those named as a sum (`past + sequence`) made one."""
-    sums = {symbol: symbol.split(" + ") for symbol in sizes if " + " in symbol}
-    return {**sizes, **{symbol: sum(sizes[part] for part in parts) for symbol, parts in sums.items()}}
+    """The sizes, those named as a sum (`past + sequence`) or as the smaller of two (`min(past, 7)`) made what they
+    say; numbers stand for themselves."""
+    return {symbol: _size_of(symbol, sizes) for symbol in sizes}
+
+
+def with_parts(sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes, with the first part of a sum that is an axis of no input: what the sum leaves of it."""
+    found = dict(sizes)
+    for symbol, size in sizes.items():
+        first, *others = symbol.split(" + ")
+        if others and first not in sizes:
+            found[first] = size - sum(_size_of(other, sizes) for other in others)
+    return found
+
+
+def _size_of(symbol: str, sizes: Mapping[str, int]) -> int:
+    if symbol.startswith("min("):
+        return min(_size_of(part, sizes) for part in symbol[4:-1].split(", "))
+    if " + " in symbol:
+        return sum(_size_of(part, sizes) for part in symbol.split(" + "))
+    return int(symbol) if symbol.isdigit() else sizes[symbol]
 
 
 def named_tensors(output: Any, prefix: str = "", dropped: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -10,18 +11,18 @@ from typing import Any, Literal
 import torch
 
 from ...backends.artifact.parity import Parity, tolerance_of
-from ...backends.artifact.signature import automatic_axes, bind, check_sizes, given_axes
+from ...backends.artifact.signature import Axes, automatic_axes, bind, check_sizes, given_axes
 from ...backends.artifact.staging import staged
 from ...rewriter.capture.skeleton import bare
 from ...rewriter.errors import ExportError, listing
 from ...rewriter.state import find_state
 from ..adapterfiles import graph_manifest as manifest
+from .cache.cached_example import cached_example
 from .checks.checks import check as check_graph
 from .checks.ort_graph import CheckGraph
 from .checks.record import Record, write_description
 from .export_result import OnnxExport
 from .graph import save_graph
-from .graph.cached_decoder import cached, cached_example
 from .graph.flat_call import TURN
 from .graph.make_graph import make_graph
 from .graph.prepare import runnable, working_copy
@@ -67,7 +68,7 @@ def export_onnx(
     name            which adapter; None is the active one ("merged": all active ones).
     cache           of a causal language model: the graph takes the keys and values of the tokens so far and gives them
                     with the new ones added, for generation (`OrtSession.generate`). The example needs `input_ids`
-                    alone; inputs and outputs are those of `cached` in `exporters.onnx.graph.cached_decoder`, an
+                    alone; inputs and outputs are those of `cached` in `exporters.onnx.cache.cached_decoder`, an
                     `attention_mask` among them.
     expanded        "swappable": False makes the method's own tensors the inputs, under the names of their checkpoint
                     (Uni-LoRA: the one vector `theta`), all zero by default, and the graph does the method's arithmetic
@@ -112,11 +113,13 @@ def export_onnx(
         raise ExportError("cache=True makes every axis of the cache and the tokens dynamic; leave dynamic_shapes out")
     with TURN:
         model = working_copy(bare(adapted))
-        layers = 0
+        outputs: Axes = {}
         if cache:
             decoder = cached_example(model, example_inputs)
-            model, example_inputs, layers = cached(model, decoder.layers), decoder.inputs, decoder.layers
+            model, example_inputs, outputs = decoder.module, decoder.inputs, decoder.outputs
         example = bind(model, example_inputs, dicts=True)
+        if cache:
+            example = dataclasses.replace(example, ones=decoder.ones)
         if dynamic_shapes is None:
             axes = decoder.axes if cache else automatic_axes(example)
             dims: dict[str, Any] = {key: dict.fromkeys(axes[key], torch.export.Dim.AUTO) for key in axes}
@@ -130,11 +133,11 @@ def export_onnx(
             example = runnable(plan.truth, example)
             allowed = tolerance_of(plan.module) if tolerance is None else tolerance
             traced, its_axes, its_dims = plan.extend(example, axes, dims)
-            made = make_graph(plan, traced, its_axes, its_dims, opset, strict)
+            made = make_graph(plan, traced, its_axes, its_dims, opset, strict, outputs)
             axes = {key: named for key, named in made.axes.items() if key in example.tensors}
             about = {
                 "adapters": adapters,
-                "cache": layers,
+                "cache": decoder.plan.told_as() if cache else 0,
                 "name": plan.name,
                 "model": type(adapted).__name__,
                 "specs": _specs(model),

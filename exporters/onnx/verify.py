@@ -17,10 +17,10 @@ from ...rewriter.capture.skeleton import bare
 from ...rewriter.errors import ExportError, ParityError, VerifyError, listing, path_of
 from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles.adapter_inputs import right_factors
+from .cache.cached_decoder import CachePlan, cached
 from .checks.checks import compare, differs, probe, random_adapter
 from .checks.ort_graph import CheckGraph, Inputs
 from .checks.record import Record, read_description
-from .graph.cached_decoder import cached
 from .graph.prepare import working_copy
 from .modes.modes import make_plan
 
@@ -174,7 +174,7 @@ def _with_torch(
     told = graph.manifest or {}
     root = working_copy(bare(model))
     if told.get("cache"):
-        root = cached(root, told["cache"])
+        root = cached(root, CachePlan.told(told["cache"]))
     with torch.no_grad():
         plan = make_plan(root, told["adapters"], told["name"], "own" not in told, None, None)
         if plan.fingerprint != told["fingerprint"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 
 from ...rewriter.errors import SessionError
 from ..adapterfiles.ort_values import TYPES, Device, TensorInfo, to_ort
-from ..onnx.graph.cached_decoder import IDS, KEY, MASK, PRESENT_KEY, PRESENT_VALUE, VALUE
+from ..onnx.cache.cache_layers import BATCH, PAST, PRESENT
+from ..onnx.cache.cached_decoder import IDS, MASK
 from .feeds import Array
 
 # One run: (inputs, cache as OrtValues, outputs to keep on the device) -> (logits, the kept outputs).
@@ -22,7 +23,7 @@ def check_prompt(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The prompt's ids and mask `(batch, sequence)` int64. Raises `SessionError` where they do not fit or the graph has
     no cache."""
-    if KEY.format(0) not in graph:
+    if not any(name.startswith(PAST) for name in graph):
         raise SessionError("the graph has no key-value cache to generate with: export it with cache=True")
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise SessionError(f"max_new_tokens={max_new_tokens!r}: give a whole number from 1 up")
@@ -48,18 +49,14 @@ def greedy(
     pad: int,
 ) -> np.ndarray:
     """The prompt and the most likely token after it, again and again; a row that has ended is filled with `pad`."""
-    layers = sum(name.startswith(KEY.format("")) for name in graph)
-    pairs = [
-        pair
-        for i in range(layers)
-        for pair in ((KEY.format(i), PRESENT_KEY.format(i)), (VALUE.format(i), PRESENT_VALUE.format(i)))
-    ]
-    cache = {past: to_ort(_empty(graph[past], len(ids)), device) for past, _ in pairs}
+    pairs = {name: PRESENT + name.removeprefix(PAST) for name in graph if name.startswith(PAST)}
+    cache = {past: to_ort(_empty(graph[past], len(ids)), device) for past in pairs}
     done = np.zeros(len(ids), bool)
     tokens = ids
     for _ in range(max_new_tokens):
-        logits, kept = step({IDS: tokens, MASK: mask}, cache, [present for _, present in pairs])
-        cache = {past: kept[present] for past, present in pairs}
+        for part, seen in _parts(tokens, mask, graph[IDS].shape[1]):
+            logits, kept = step({IDS: part, MASK: seen}, cache, list(pairs.values()))
+            cache = {past: kept[present] for past, present in pairs.items()}
         chosen = np.where(done, pad, logits[:, -1].argmax(-1))
         done |= np.isin(chosen, ends)
         tokens = chosen[:, None]
@@ -71,6 +68,15 @@ def greedy(
 
 
 def _empty(info: TensorInfo, batch: int) -> torch.Tensor:
-    """A cache `(batch, heads, 0, width)` without tokens."""
-    _, heads, _, width = (size if isinstance(size, int) else 0 for size in info.shape)
-    return torch.zeros((batch, heads, 0, width), dtype=TYPES[info.type])
+    """A cache without tokens, or the state before the first."""
+    shape = [batch if size == BATCH else size if isinstance(size, int) else 0 for size in info.shape]
+    return torch.zeros(shape, dtype=TYPES[info.type])
+
+
+def _parts(tokens: np.ndarray, mask: np.ndarray, at_once: int | str | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """New tokens, and the mask of all so far: together, or one by one where the graph takes them so."""
+    length = tokens.shape[1]
+    size = at_once if isinstance(at_once, int) else length
+    before = mask.shape[1] - length
+    for start in range(0, length, size):
+        yield tokens[:, start : start + size], mask[:, : before + start + size]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ....backends.artifact.random_inputs import describe_inputs, draw
-from ....backends.artifact.signature import Axes, Example, add_up, arguments
+from ....backends.artifact.signature import Axes, Example, add_up, arguments, with_parts
 from ....rewriter.errors import SessionError, VerifyError
 from ...adapterfiles import graph_manifest as manifest
 from .seal import check_seal, seal
@@ -57,11 +57,12 @@ class Record:
 
     def unseen_sizes(self) -> list[dict[str, int]]:
         """Sizes for the dynamic axes that the export did not use: batches larger than any, sequences not longer."""
-        seen = {
+        sizes = {
             label: self.inputs[name]["shape"][axis]
             for name, named in self.axes.items()
             for axis, label in named.items()
         }
+        seen = with_parts(sizes)
         return [
             add_up({label: size + 3 if "batch" in label else max(size - 2, 1) for label, size in seen.items()}),
             add_up({label: 1 if "batch" in label else size for label, size in seen.items()}),

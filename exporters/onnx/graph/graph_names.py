@@ -7,7 +7,7 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from ....backends.artifact.signature import free_name
+from ....backends.artifact.signature import Axes, free_name
 from ....rewriter.errors import ExportError
 
 
@@ -76,6 +76,16 @@ def name_ends(
         value.name = name
     _name_the_rest(graph, {*fixed, *named})
     return {side: names for side, names in renamed.items() if names}
+
+
+def name_axes(model: Any, axes: Axes, renamed: Mapping[str, str]) -> None:
+    """Name axes of outputs whose sizes the trace does not tell, by the model's names of the outputs."""
+    import onnx_ir as ir
+
+    outputs = {value.name: value for value in model.graph.outputs}
+    for name, named in axes.items():
+        value = outputs[renamed.get(name, name)]
+        value.shape = ir.Shape([named.get(axis, dim) for axis, dim in enumerate(value.shape)])
 
 
 def _name_the_rest(graph: Any, taken: set[str]) -> None:

@@ -13,7 +13,7 @@ from ....rewriter.method import ADAPTER_IDS
 from ..export_result import Shape
 from ..modes.modes import Plan
 from .flat_call import FlatCall
-from .graph_names import name_ends, rename_axes, tidy
+from .graph_names import name_axes, name_ends, rename_axes, tidy
 from .graph_rewrites import name_transposes, widen_convolutions
 from .open_inputs import Opened, close, unpin
 from .translate import fixed_axes, quiet, trace, translate, without
@@ -60,7 +60,13 @@ class Made:
 
 
 def make_graph(
-    plan: Plan, example: Example, axes: Axes, dims: Mapping[str, Any], opset: int | None, strict: bool
+    plan: Plan,
+    example: Example,
+    axes: Axes,
+    dims: Mapping[str, Any],
+    opset: int | None,
+    strict: bool,
+    given: Axes | None = None,
 ) -> Made:
     """Trace the plan's module on the example and make a graph of it, in this order:
 
@@ -69,7 +75,7 @@ def make_graph(
     3. onnxscript's optimizer
     4. opened inputs get their defaults back, ends and nodes their names
 
-    `strict`: an axis that the model fixes is an error. Raises `ExportError`.
+    `strict`: an axis that the model fixes is an error. `given` are names of axes of outputs. Raises `ExportError`.
     """
     call = FlatCall(plan.module, example)
     program = trace(call, dims)
@@ -94,6 +100,7 @@ def make_graph(
     close(model, opened)
     plan.close(model)
     renamed = name_ends(model, places, call.outputs, opened)
+    name_axes(model, given or {}, renamed.get("outputs", {}))
     tidy(model)
     notes += tuple(
         f"output {key!r} is the {type(value).__name__} {value!r}, no tensor: it is not in the graph"

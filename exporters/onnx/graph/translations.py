@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..cache.keep_last import in_onnx
+
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """For `torch.onnx.export(custom_translation_table=)`.
@@ -25,4 +27,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def any_true(mask: Any) -> Any:
         return op.Cast(op.ReduceMax(op.Cast(mask, to=int(DataType.INT64)), keepdims=0), to=int(DataType.BOOL))
 
-    return {torch.ops.aten._is_all_true.default: all_true, torch.ops.aten._is_any_true.default: any_true}
+    return {
+        torch.ops.aten._is_all_true.default: all_true,
+        torch.ops.aten._is_any_true.default: any_true,
+        torch.ops.fxgraft.keep_last.default: in_onnx,
+    }

@@ -1,0 +1,1 @@
+"""Decoders with their cache as inputs and outputs of a graph."""

@@ -1,0 +1,127 @@
+"""export_onnx(cache=True) of decoders whose cache is more than a growing list: windows, recurrences, encoders."""
+
+from __future__ import annotations
+
+import decoders
+import numpy as np
+import onnx_models as models
+import pytest
+import torch
+
+import fxgraft as fg
+from fxgraft.backends.artifact.signature import add_up, with_parts
+from fxgraft.exporters.onnx.cache.cached_decoder import CachePlan
+from fxgraft.exporters.onnx.cache.cached_example import cached_example
+
+NEW = 24
+CHEAP = {"gemma3", "jamba"}
+#: Their state lies in their modules, and generate() itself goes by it.
+REFUSED = {"recurrent_gemma", *(name for name in decoders.FAMILIES if decoders.encodes(name))}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in CHEAP else pytest.mark.slow) for name in decoders.FAMILIES]
+)
+def test_generation_is_torchs(name, tmp_path):
+    if name in REFUSED:
+        pytest.skip("refused, see below")
+    base, given = decoders.build(name), decoders.source(name)
+    adapted = models.graft(base, list(decoders.FAMILIES[name].targets), rank=3)
+    plain, changed = (decoders.by_torch(model, given, NEW).numpy() for model in (base, adapted))
+    example = {key: value for key, value in given.items() if key != "attention_mask"}
+    export = fg.export_onnx(adapted, tmp_path / "s.onnx", example, adapters="swappable", cache=True)
+    assert all(check.relative < models.TOLERANCE for check in export.parity)
+    fg.export_ort_adapter(adapted, tmp_path / "a.onnx_adapter")
+    session = fg.OrtSession(export.path, threads=1)
+    session.load("a", tmp_path / "a.onnx_adapter")
+    np.testing.assert_array_equal(session.generate(*given.values(), max_new_tokens=NEW), plain)
+    np.testing.assert_array_equal(session.generate(*given.values(), max_new_tokens=NEW, adapter="a"), changed)
+    assert (plain != changed).any()
+
+
+def test_a_window_ends_and_its_export_is_checked_behind_its_end(tmp_path):
+    base = decoders.build("mistral", num_hidden_layers=1)
+    export = fg.export_onnx(base, tmp_path / "m.onnx", models.tokens(2, 6), cache=True)
+    assert export.inputs["past_key_0"] == ("batch", 2, "min(past, 3)", 8)
+    assert export.outputs["present_key_0"] == ("batch", 2, "min(past + sequence, 3)", 8)
+    assert export.inputs["attention_mask"] == ("batch", "past + sequence")
+    said = [check.sizes for check in export.parity]
+    # 5 tokens of the past behind a window of 3, an empty cache, and one that the new tokens make longer than it is
+    assert "input_ids 2x3, attention_mask 2x8, past_key_0 2x2x3x8" in said[0] and "past_key_0 1x2x0x8" in said[1]
+    verified = fg.verify(export.path, base)
+    assert any("agrees with torch on unseen inputs" in check for check in verified.checks)
+    session = fg.OrtSession(export.path, threads=1)
+    given = decoders.source("mistral")
+    np.testing.assert_array_equal(
+        session.generate(*given.values(), max_new_tokens=8), decoders.by_torch(base, given, 8)
+    )
+
+
+def test_a_window_wider_than_the_model_grows():
+    wide = decoders.build("mistral", num_hidden_layers=1, sliding_window=4096)
+    plan = cached_example(wide, models.tokens(2, 8)).plan
+    assert plan.told_as() == 1 and plan.window == 0
+
+
+def test_the_plan_is_told_and_read():
+    for name in ("gemma2", "jamba", "qwen3_next"):
+        plan = cached_example(decoders.build(name), models.tokens(2, 8)).plan
+        assert CachePlan.told(plan.told_as()) == plan
+        assert plan.stepwise == (name != "gemma2")
+    assert CachePlan.told(3) == CachePlan.told(3) and len(CachePlan.told(3).layers) == 3
+
+
+def test_sizes_that_say_what_they_are():
+    sizes = with_parts({"batch": 2, "sequence": 3, "past + sequence": 9, "min(past, 4)": 4})
+    assert sizes["past"] == 6
+    sizes["past"] = 2
+    assert add_up(sizes) == {"batch": 2, "sequence": 3, "past": 2, "past + sequence": 5, "min(past, 4)": 2}
+    assert add_up({"past": 7, "past + 1": 0, "min(past + 1, 4)": 0}) == {
+        "past": 7,
+        "past + 1": 8,
+        "min(past + 1, 4)": 4,
+    }
+
+
+def test_a_step_that_differs_is_refused(tmp_path):
+    """A model that counts its tokens in itself: what it gives with a cache is not what it gives without."""
+    model = decoders.build("llama", num_hidden_layers=1)
+    own = type(model).forward
+
+    class Forgetful(type(model)):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **more):
+            if past_key_values is not None:  # every step is the first
+                position_ids = torch.zeros_like(input_ids)
+            return own(self, input_ids, attention_mask, position_ids, past_key_values, **more)
+
+    model.__class__ = Forgetful
+    with pytest.raises(fg.ExportError, match="gives other logits with its cache than without, by"):
+        fg.export_onnx(model, tmp_path / "m.onnx", models.tokens(2, 8), cache=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_in_modules_is_refused(tmp_path):
+    model = decoders.build("recurrent_gemma")
+    with pytest.raises(fg.ExportError, match="It may keep one in its modules, which a graph cannot; export it without"):
+        fg.export_onnx(model, tmp_path / "m.onnx", models.tokens(2, 8), cache=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_choose_what_they_keep_are_refused(tmp_path):
+    from transformers.cache_utils import DynamicLayer
+
+    class ChoosingLayer(DynamicLayer):
+        pass
+
+    model = decoders.build("llama", num_hidden_layers=1)
+    own = type(model).forward
+
+    class Chooses(type(model)):
+        def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **more):
+            output = own(self, input_ids, attention_mask, past_key_values=past_key_values, **more)
+            output["past_key_values"].layers[0].__class__ = ChoosingLayer
+            return output
+
+    model.__class__ = Chooses
+    with pytest.raises(fg.ExportError, match="layers of ChoosingLayer, which choose by values"):
+        fg.export_onnx(model, tmp_path / "m.onnx", models.tokens(2, 8), cache=True)
