@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ...passes.methods.lora import LoRA
 from ...passes.models.factors import trained
 from ...rewriter.base_names import base_parameters, lookup
 from ...rewriter.errors import CheckpointError, listing
@@ -66,7 +67,7 @@ def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str,
     record = record_of(root, name)
     what = f"adapter {name!r} cannot be saved for PEFT"
     modules = grafted_modules(root)
-    _check_sites(record, modules, what)
+    parameters = _check_sites(record, modules, what)
     kinds = {type(group.method) for group in record.groups}
     writer = next((format for format in FORMATS if format.write and kinds == {format.method}), None)
     if writer is None or writer.write is None:
@@ -76,7 +77,7 @@ def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str,
         raise CheckpointError(f"{what}: save_indices is for {taking}, and this is {next(iter(kinds)).__name__}")
     reshard(root)
     sites = {t.site.name: t for _, t in adapter_modules(root, name, record) if t.site is not None}
-    fields, tensors = writer.write(OwnAdapter(root, record, sites, what, save_indices))
+    fields, tensors = writer.write(OwnAdapter(root, record, sites, what, save_indices, parameters))
     config: dict[str, Any] = {
         "base_model_name_or_path": getattr(getattr(root, "config", None), "name_or_path", None) or None,
         "task_type": None,
@@ -90,7 +91,7 @@ def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str,
         config["bias"] = next((name for name in known if name == bias or name.endswith(bias)), None)
         if config["bias"] is None:
             raise CheckpointError(f"{what}: it trains biases, which fit PEFT's LoRA and VeRA folders only")
-    config["target_modules"] = _target_modules(config, root, list(sites), what)
+    config["target_modules"] = _target_modules(config, root, [name for name in sites if name not in parameters], what)
     under = {f"{site.owner}.{site.bias}" for site in record.sites if site.bias is not None}
     for key, tensor in trained(root, name).items():  # PEFT keeps the base's tensors of an adapted layer one level down
         below = key in record.parameters and key in under
@@ -119,7 +120,8 @@ def _no_peft_form(methods: Iterable[Method]) -> str:
     return f"{said}. fg.to_lora(adapted) is the same function as a LoRA: save that, or use format='fxgraft'"
 
 
-def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: str) -> None:
+def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: str) -> tuple[str, ...]:
+    """Raise where PEFT cannot adapt a site; the sites that are no layers of its, but parameters."""
     if parts := [site.name for site in record.sites if not site.whole]:
         raise CheckpointError(f"{what}: PEFT adapts whole layers, and these are parts of one: {listing(parts)}")
     if hosted := [site.name for site in record.sites if site.host is not None]:
@@ -127,12 +129,16 @@ def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: 
             f"{what}: PEFT's layers act when they are called, and the model reads the weights of {listing(hosted)} "
             "without calling them"
         )
-    others = [s.name for s in record.sites if not s.owner or s.weight != "weight" or not _wrapped(s, modules)]
+    others = [s for s in record.sites if not s.owner or s.weight != "weight" or not _wrapped(s, modules)]
+    plain = [s for s in others if s.owner and (s.experts or (s.product.plain and s.product.linear))]
+    if len(plain) == len(others) and all(isinstance(group.method, LoRA) for group in record.groups):
+        return tuple(s.name for s in plain)
     if others:
         raise CheckpointError(
             f"{what}: PEFT adapts nn.Linear and Conv1D inside a model, with LoRA nn.Embedding too, and not "
-            f"{listing(others)}"
+            f"{listing(s.name for s in others)}"
         )
+    return ()
 
 
 def _wrapped(site: Site, modules: Mapping[str, nn.Module]) -> bool:
@@ -176,6 +182,8 @@ def _modules_to_save(root: nn.Module, record: AdapterRecord, what: str) -> list[
 
 def _target_modules(config: Mapping[str, Any], root: nn.Module, names: list[str], what: str) -> list[str] | str:
     """The sites' full names; as a regular expression where one of them is also the ending of another layer's name."""
+    if not names:
+        return []
     for targets in (names, "|".join(map(re.escape, names))):
         if set(target_names({**config, "target_modules": targets}, root, what) or ()) == set(names):
             return targets

@@ -132,6 +132,12 @@ class ForeignFolder:
                 rest[key] = tensor
         return sites, rest
 
+    def misfit(self, name: str, A: Tensor, B: Tensor, experts: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.what}: the factors of {name!r} are {tuple(A.shape)} and {tuple(B.shape)}, which fit no rank for "
+            f"{experts or 1} matrices"
+        )
+
     def lacks(self, keys: Collection[str]) -> CheckpointError:
         return CheckpointError(f"{self.what} lacks {len(keys)} tensor(s): {listing(keys)}")
 

@@ -41,6 +41,7 @@ class OwnAdapter:
         sites: site name -> its tensors.
         what: subject of the error texts.
         save_indices: what `save_adapter` was told; None for every method without indices.
+        parameters: the sites that are parameters to PEFT, and no layers it wraps.
     """
 
     root: nn.Module
@@ -48,6 +49,7 @@ class OwnAdapter:
     sites: Mapping[str, AdapterTensors]
     what: str
     save_indices: bool | None
+    parameters: tuple[str, ...] = ()
 
     @property
     def methods(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ _ADVICE = {
     "bias": "trained base biases are part of a LoRA or VeRA folder only",
     "use_dora": "merge it in PEFT and load the merged model",
     "init_lora_weights": "it changes the base weights; save it in PEFT with path_initial_model_for_weight_conversion",
-    "target_parameters": "only layers can be targets",
+    "target_parameters": "only LoRA has it",
     "trainable_token_indices": "trained tokens are not part of an adapter here",
 }
 
@@ -81,16 +81,19 @@ def peft_sites(
     return sites, *stored_modules(folder, rest)
 
 
-def check_sites(folder: ForeignFolder, sites: Sites, names: Iterable[str] = (), *, loosely: bool = False) -> None:
+def check_sites(
+    folder: ForeignFolder, sites: Sites, names: Iterable[str] = (), *, loosely: bool = False, others: bool = False
+) -> None:
     """Raise unless every site has tensors of these names, and the sites are the layers that the config's patterns name.
 
     Args:
         loosely: for the forks, whose older PEFT matched names more loosely: a layer with tensors may also end in a
             target as a text, or be one that an expression does not match.
+        others: whether the folder has other adapters than on layers, so that it needs none of these.
     """
     what = folder.what
     folder.all_there(sites, names)
-    if not sites:
+    if not sites and not others:
         raise CheckpointError(f"{what} has no adapter tensors at all")
     named = told_names(folder.config, folder.model, what, folder.parts(sites))
     if named is None:

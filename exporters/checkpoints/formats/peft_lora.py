@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ....passes.methods.lora import LoRA
 from ....rewriter.adapter_tensors import AdapterTensors
+from ....rewriter.base_names import base_modules
 from ....rewriter.errors import CheckpointError, listing
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format, OwnAdapter, Written
 from ..foreign.peft_folder import BIASES, check_config, check_sites, peft_sites
+from ..foreign.peft_parameters import WrappedParameter, stored_factors, take_parameters, wrapped_parameters
 from ..foreign.peft_targets import attention_outputs, pattern_value
 from ..foreign.plain_keys import PREFIX
 
@@ -23,13 +25,14 @@ FIELDS = frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_patte
 
 def read(folder: ForeignFolder) -> ForeignAdapter:
     what = folder.what
-    check_config(folder, FIELDS, BIASES["LORA"])
+    check_config(folder, FIELDS | {"target_parameters"}, BIASES["LORA"])
     tables, rest = folder.by_site(folder.tensors, rf"{re.escape(PREFIX)}(?P<site>.+)\.lora_embedding_(?P<name>[AB])")
     sites, train, values = peft_sites(folder, r"(?P<name>lora_[AB])\.weight", rest)
     for site, given in tables.items():
         _check_padding(folder, site, given)
         sites[site] = {f"lora_{letter}": tensor for letter, tensor in given.items()}
-    check_sites(folder, sites, ("lora_A", "lora_B"))
+    parameters, factors = take_parameters(folder, sites)
+    check_sites(folder, sites, ("lora_A", "lora_B"), others=bool(parameters))
     uncalled, warning = attention_outputs(folder.model), ""
     if inert := [site for site in sites if site in uncalled]:
         if len(inert) == len(sites):
@@ -41,7 +44,9 @@ def read(folder: ForeignFolder) -> ForeignAdapter:
     kept = {site: given for site, given in sites.items() if site not in uncalled}
     for site, given in kept.items():
         values |= {f"{site}.A": given["lora_A"], f"{site}.B": given["lora_B"]}
-    return ForeignAdapter({site: lora_at(folder, site) for site in kept}, values, train, warning)
+    methods = {site: lora_at(folder, site) for site in kept}
+    methods |= {site: lora_at(folder, wrapped.full) for site, wrapped in parameters.items()}
+    return ForeignAdapter(methods, values | factors, train, warning)
 
 
 def _check_padding(folder: ForeignFolder, site: str, given: Mapping[str, Tensor]) -> None:
@@ -82,12 +87,13 @@ def lora_at(folder: ForeignFolder, site: str) -> LoRA:
 
 
 def write(adapter: OwnAdapter) -> Written:
-    methods = adapter.methods
+    methods, wrapped = adapter.methods, _parameters(adapter)
     common = Counter(methods.values()).most_common(1)[0][0]
     ranks, alphas = {}, {}
     for name, method in methods.items():
         # a key of PEFT's patterns that matches this name alone: without `^` it would match it as an ending too
-        alone, alpha = f"^{re.escape(name)}", method.alpha
+        known_as = wrapped[name].full if name in wrapped else name
+        alone, alpha = f"^{re.escape(known_as)}", method.alpha
         if method.rslora != common.rslora:  # PEFT has one use_rslora; where a site differs, its alpha makes up for it
             alpha = method.scale * (method.rank**0.5 if common.rslora else method.rank)
         if method.rank != common.rank:
@@ -105,7 +111,31 @@ def write(adapter: OwnAdapter) -> Written:
         "fan_in_fan_out": adapter.on_conv1d,
         "init_lora_weights": True,
     }
-    return fields, dict(_stored(name, letter, module) for name, module in adapter.sites.items() for letter in "AB")
+    if wrapped:
+        fields["target_parameters"] = [parameter.full for parameter in wrapped.values()]
+        if fields["lora_dropout"] or fields["fan_in_fan_out"]:
+            other = "dropout" if fields["lora_dropout"] else "Conv1D layers"
+            raise CheckpointError(
+                f"{adapter.what}: PEFT takes no {other} beside parameters, such as {listing(wrapped, 2)}. Save it with "
+                "format='fxgraft'"
+            )
+    tensors: dict[str, Tensor] = {}
+    for name, module in adapter.sites.items():
+        if name in wrapped:
+            factors = stored_factors(wrapped[name], module.tensors()["A"], module.tensors()["B"])
+            tensors |= {f"{PREFIX}{key}": tensor for key, tensor in factors.items()}
+        else:
+            tensors |= dict(_stored(name, letter, module) for letter in "AB")
+    return fields, tensors
+
+
+def _parameters(adapter: OwnAdapter) -> dict[str, WrappedParameter]:
+    """The sites that PEFT adapts as parameters."""
+    if not adapter.parameters:
+        return {}
+    names = [f"{adapter.sites[name].site.owner}.{adapter.sites[name].site.weight}" for name in adapter.parameters]  # type: ignore[union-attr]
+    modules = dict(base_modules(adapter.root))
+    return {found.site: found for found in wrapped_parameters({"target_parameters": names}, modules, adapter.what)}
 
 
 def _number(given: float) -> Any:
