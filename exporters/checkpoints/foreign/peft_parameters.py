@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....rewriter.errors import CheckpointError, listing
 from ....rewriter.products.expert_weights import contracted_dim
 from ....rewriter.sites import NoMatch
 from .foreign_folder import Config, ForeignFolder, Sites
@@ -60,7 +61,11 @@ def wrapped_parameters(config: Config, modules: Mapping[str, nn.Module], what: s
     """The parameters that a config's `target_parameters` name, in the order of the model's modules."""
     given = config.get("target_parameters") or []
     names = names_in(given, "target_parameters", what)
-    return [found for path, module in modules.items() for found in _in_module(path, module, names)]
+    found = [wrapped for path, module in modules.items() for wrapped in _in_module(path, module, names)]
+    fulls = [f".{wrapped.full}" for wrapped in found]
+    if missing := [name for name in names if not any(full.endswith(f".{name}") for full in fulls)]:
+        raise CheckpointError(f"{what}: target_parameters={given!r} names {listing(missing)}, which the model has not")
+    return found
 
 
 def _in_module(path: str, module: nn.Module, names: list[str]) -> Iterator[WrappedParameter]:
