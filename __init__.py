@@ -18,6 +18,7 @@ from .exporters.ort.session import OrtSession
 from .passes.methods import *  # noqa: F403  (every method)
 from .passes.models.bank import adapter_ids, add_tenant, bank, remove_tenant, tenants
 from .passes.models.combine import combine
+from .passes.models.dequantise import dequantise
 from .passes.models.factors import to_lora
 from .passes.models.merge import merge
 from .rewriter.adapter_state import AdapterState
@@ -80,6 +81,7 @@ __all__ = [
     "check_gpu",
     "combine",
     "compile",
+    "dequantise",
     "disabled",
     "explain",
     "export_onnx",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...passes.graph import pipelines
+from ...passes.models.dequantise import dequantised
 from ...rewriter.capture.skeleton import copy_skeleton
 from ...rewriter.errors import AdapterError, ExportError, listing
 from ...rewriter.exported_program import capture
@@ -141,7 +142,7 @@ def package(
 
 def _twin(root: nn.Module, name: str | None) -> tuple[nn.Module, list[str]]:
     """A copy in eval mode over the same base weights, with the chosen adapter active, and what is active."""
-    twin = strip_wrappers(copy_skeleton(root))
+    twin = dequantised(strip_wrappers(copy_skeleton(root)))
     if is_dispatched(twin):
         loaded(twin)
     if name is not None:

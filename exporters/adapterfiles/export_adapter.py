@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...backends.artifact.staging import staged
+from ...passes.models.dequantise import plainly
 from ...passes.models.factors import trained
 from ...passes.models.opened import form_values, whole_weights
 from ...rewriter.errors import ExportError
@@ -52,6 +53,7 @@ def export_ort_adapter(
     """
     if not isinstance(adapted, torch.nn.Module):
         raise ExportError(f"export_ort_adapter({type(adapted).__name__}, ...): give the adapted model, an nn.Module")
+    adapted = plainly(adapted)
     whole = whole_weights(adapted, name)
     plain = graph_tensors(adapted, name, whole)
     if not plain:

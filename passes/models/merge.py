@@ -21,6 +21,7 @@ from ...rewriter.active_adapters import check_together, chosen_weights
 from ...rewriter.adapter_tensors import AdapterTensors
 from ...rewriter.analysis.dataflow import tied_names
 from ...rewriter.base_names import base_modules, lookup
+from ...rewriter.capture.skeleton import copy_skeleton
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.grafted_class import plain_view
 from ...rewriter.modules.bias_slot import bias_slot
@@ -28,9 +29,12 @@ from ...rewriter.modules.offloaded import put_values as keep_values
 from ...rewriter.modules.offloaded import values_of
 from ...rewriter.modules.wrappers import M, strip_wrappers, unwrap
 from ...rewriter.products.stacked_matrices import fold
-from ...rewriter.state import Tie, grafted_modules, record_of, state_of
+from ...rewriter.quantised.quantised import quantised
+from ...rewriter.state import ModelState, Tie, grafted_modules, record_of, state_of
 from ...rewriter.switch import active_weights, base_of
 from ...rewriter.tensors import adapter_modules, trained_modules
+from .dequantise import check_floating, dequantised
+from .requantise import requantise as put_back
 
 _TIES = "tie_word_embeddings"
 
@@ -41,6 +45,8 @@ def merge(
     names: Sequence[str] | Mapping[str, float] | None = None,
     *,
     weights: Sequence[float] | Mapping[str, float] | None = None,
+    dtype: torch.dtype | None = None,
+    requantise: bool = False,
 ) -> M:
     """A new plain model of the original module types with the adapters folded in; `adapted` stays as it is.
 
@@ -52,10 +58,13 @@ def merge(
             weights they have (`set_active`).
         weights: of the deltas, in the order of `names`, or by name. A trained module with a weight goes between the
             base's and its own, which is exact for linears and embeddings and refused for others.
+        dtype: of the merged layers of a quantised base, which become plain `nn.Linear`; quantised layers without an
+            adapter stay. Choose what the rest of the model computes in.
+        requantise: quantise the merged layers of such a base again, as they were; a warning says what that loses.
 
     Raises:
-        MergeError: a method that cannot be merged, values that are not finite, adapters or weights that do not go
-            together, or nothing to merge.
+        MergeError: a quantised base, and neither `dtype` nor `requantise` is given; a method that cannot be merged,
+            values that are not finite, adapters or weights that do not go together, or nothing to merge.
     """
     root, state = unwrap(adapted), state_of(adapted)
     if names is None:
@@ -71,6 +80,8 @@ def merge(
     except AdapterError as error:
         raise MergeError(str(error)) from error
     modules = grafted_modules(root)
+    if paths := _quantised_owners(state, chosen, modules, dtype, requantise):
+        return _merged_quantised(root, chosen, paths, dtype)
     replaced = _fold(root, chosen, modules)
     trained = {
         path: (module, weight)
@@ -96,6 +107,56 @@ def merge(
     now = tied_names(plain)
     _untie(plain, [name for name, tied in ties.items() if now.get(name) != tied])
     return plain.train(root.training) if root.training != plain.training else plain
+
+
+def _quantised_owners(
+    state: ModelState,
+    chosen: Mapping[str, float],
+    modules: Mapping[str, nn.Module],
+    dtype: torch.dtype | None,
+    again: bool,
+) -> list[str]:
+    """The paths of the quantised layers that are merged into, once it is clear what they shall become."""
+    check_floating(dtype)
+    owners = dict.fromkeys(site.owner for name in chosen for site in state.adapters[name].sites)
+    kinds = {path: kind for path in owners if (kind := quantised(modules[path])) is not None}
+    if not kinds:
+        if dtype is not None or again:
+            raise MergeError(
+                "merge(dtype=..., requantise=...) is for a quantised base, and none of the merged layers is quantised: "
+                "leave it out, and use .to(dtype) on the result"
+            )
+        return []
+    if (dtype is None) == (not again):
+        first = next(iter(kinds))
+        raise MergeError(
+            f"{first!r} is stored as {kinds[first].name}, which cannot hold a merged weight without loss: "
+            + ("choose one of the two. " if again else "say what it shall become. ")
+            + "merge(dtype=torch.float32) makes the merged layers plain ones of that dtype, "
+            "merge(requantise=True) quantises them again and reports the loss"
+        )
+    return list(kinds)
+
+
+def _merged_quantised(root: M, chosen: Mapping[str, float], paths: Sequence[str], dtype: torch.dtype | None) -> M:
+    """Merge into quantised layers: in float32, then cast to `dtype`, or quantised again where that is None."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    within = set(paths)
+    work = dequantised(copy_skeleton(root), wide, lambda path: path in within, marks=dtype is not None)
+    plain = merge(work, chosen)
+    modules = dict(base_modules(plain))
+    if dtype is None:
+        put_back(modules, dict(base_modules(base_of(root))), list(paths))
+        return plain
+    for path in paths:
+        for name, parameter in modules[path]._parameters.items():
+            if parameter is None:
+                continue
+            cast = parameter.detach().to(dtype)
+            if not torch.isfinite(cast).all():
+                raise MergeError(f"{path!r}: the merged {name} overflows {dtype}; merge in a wider dtype")
+            modules[path]._parameters[name] = nn.Parameter(cast, requires_grad=False)
+    return plain
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ....backends.artifact.signature import Example, arguments, named_tensors
+from ....passes.models.dequantise import dequantised
 from ....rewriter.adapter_tensors import Container
 from ....rewriter.capture.skeleton import copy_skeleton
 from ....rewriter.errors import ExportError, listing
@@ -19,9 +20,10 @@ _WRITTEN = 1 << 26
 def working_copy(model: torch.nn.Module) -> torch.nn.Module:
     """A copy in eval mode to trace and run: over the same weights, with buffers of its own, which a forward may write.
 
+    Quantised layers are plain ones there: what their packages do is nothing a graph could hold.
     Whoever uses the model meanwhile sees no other mode, and no parameter in the middle of a tracing.
     """
-    twin = copy_skeleton(model)
+    twin = dequantised(copy_skeleton(model))
     own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id, so the first of a pair must stay alive
     for module in twin.modules():
         if isinstance(module, Container):

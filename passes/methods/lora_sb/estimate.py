@@ -17,6 +17,7 @@ from ....rewriter.capture.outline import outline_linears
 from ....rewriter.errors import SpecError, TargetError, listing
 from ....rewriter.modules.wrappers import unwrap
 from ....rewriter.products.stacked_matrices import all_matrices
+from ....rewriter.quantised.quantised import quantised
 from ....rewriter.sites import Site
 from ....rewriter.spec import Spec, Target
 from ....rewriter.switch import base_of
@@ -176,6 +177,11 @@ def _prepare(model: Any, spec: Spec) -> tuple[nn.Module, dict[Key, list[Site]]]:
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
     for key, group in sites.items():
+        if (kind := quantised(lookup(twin, key[0]))) is not None:
+            raise TargetError(
+                f"{group[0].name!r}: its weight is stored as {kind.name}, which has no gradient; estimate on "
+                "fg.dequantise(model), whose sites have the same names"
+            )
         weight = _base_weight(twin, *key)
         if not weight.is_floating_point() or weight.is_meta or type(weight.data) is not Tensor:
             raise TargetError(
