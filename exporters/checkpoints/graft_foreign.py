@@ -43,7 +43,8 @@ def graft_foreign(model: M, foreign: ForeignAdapter, name: str, what: str) -> M:
     tensors = {renamed(key, names): tensor for key, tensor in foreign.tensors.items()} if names else foreign.tensors
 
     def fits(plan: Plan) -> None:
-        if hosted := [site.name for site in plan.sites if site.host is not None]:
+        hosted = [site.name for site in plan.sites if site.host is not None and site.name not in foreign.read_by_parent]
+        if hosted:
             raise CheckpointError(
                 f"{what} has adapters at {listing(hosted)}, whose weights this model reads without calling the layers: "
                 "where it was trained they had no effect"

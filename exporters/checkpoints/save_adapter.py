@@ -24,6 +24,7 @@ from ...rewriter.tensors import adapter_modules
 from .derived_hash import IN_METADATA, derived_hash
 from .folder_files import writable, write_folder
 from .foreign.format import OwnAdapter
+from .foreign.peft_attention import OUTPUT, PACKED, adapted_attentions, targets_of
 from .foreign.peft_folder import BIASES
 from .foreign.peft_targets import is_embedding, is_linear, saved_names, target_names
 from .foreign.plain_keys import PREFIX
@@ -77,7 +78,8 @@ def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str,
         raise CheckpointError(f"{what}: save_indices is for {taking}, and this is {next(iter(kinds)).__name__}")
     reshard(root)
     sites = {t.site.name: t for _, t in adapter_modules(root, name, record) if t.site is not None}
-    fields, tensors = writer.write(OwnAdapter(root, record, sites, what, save_indices, parameters))
+    own = OwnAdapter(root, record, sites, what, save_indices, parameters)
+    fields, tensors = writer.write(own)
     config: dict[str, Any] = {
         "base_model_name_or_path": getattr(getattr(root, "config", None), "name_or_path", None) or None,
         "task_type": None,
@@ -91,7 +93,8 @@ def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str,
         config["bias"] = next((name for name in known if name == bias or name.endswith(bias)), None)
         if config["bias"] is None:
             raise CheckpointError(f"{what}: it trains biases, which fit PEFT's LoRA and VeRA folders only")
-    config["target_modules"] = _target_modules(config, root, [name for name in sites if name not in parameters], what)
+    layers = targets_of([name for name in sites if name not in parameters], own.attentions)
+    config["target_modules"] = _target_modules(config, root, layers, what)
     under = {f"{site.owner}.{site.bias}" for site in record.sites if site.bias is not None}
     for key, tensor in trained(root, name).items():  # PEFT keeps the base's tensors of an adapted layer one level down
         below = key in record.parameters and key in under
@@ -124,14 +127,18 @@ def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: 
     """Raise where PEFT cannot adapt a site; the sites that are no layers of its, but parameters."""
     if parts := [site.name for site in record.sites if not site.whole]:
         raise CheckpointError(f"{what}: PEFT adapts whole layers, and these are parts of one: {listing(parts)}")
-    if hosted := [site.name for site in record.sites if site.host is not None]:
+    lora = all(isinstance(group.method, LoRA) for group in record.groups)
+    attentions = adapted_attentions(record, modules, what) if lora else []
+    whole = {f"{path}.{last}" for path in attentions for last in (PACKED, OUTPUT)}
+    if hosted := [site.name for site in record.sites if site.host is not None and site.name not in whole]:
         raise CheckpointError(
             f"{what}: PEFT's layers act when they are called, and the model reads the weights of {listing(hosted)} "
             "without calling them"
         )
-    others = [s for s in record.sites if not s.owner or s.weight != "weight" or not _wrapped(s, modules)]
+    given = [s for s in record.sites if s.name not in whole]
+    others = [s for s in given if not s.owner or s.weight != "weight" or not _wrapped(s, modules)]
     plain = [s for s in others if s.owner and (s.experts or (s.product.plain and s.product.linear))]
-    if len(plain) == len(others) and all(isinstance(group.method, LoRA) for group in record.groups):
+    if len(plain) == len(others) and lora:
         return tuple(s.name for s in plain)
     if others:
         raise CheckpointError(

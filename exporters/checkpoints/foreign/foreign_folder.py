@@ -37,12 +37,14 @@ class ForeignAdapter:
         tensors: in the names of `adapter_state`, in whatever floating dtype they were stored.
         train: paths of the modules, and names of the single parameters, that come with the adapter.
         warning: what whoever opens it has to know.
+        read_by_parent: sites whose weight a module above reads, and where the adapter acts all the same.
     """
 
     methods: Mapping[str, Method]
     tensors: Tensors
     train: tuple[str, ...] = ()
     warning: str = ""
+    read_by_parent: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def in_model_order(names: Collection[str], model: nn.Module) -> list[str]:
     """The names in the order of the model's modules; those it does not have come last."""
     order = {name: i for i, (name, _) in enumerate(base_modules(unwrap(model)))}
     stems = {name: name.partition("[")[0] for name in names}  # a part of a fused layer comes where the layer is
-    return sorted(names, key=lambda name: (order.get(stems[name], len(order)), name if name != stems[name] else ""))
+    places = {n: order.get(s, order.get(s.rpartition(".")[0], len(order))) for n, s in stems.items()}
+    return sorted(names, key=lambda name: (places[name], name if name != stems[name] else ""))
 
 
 def empty(given: Any) -> bool:

@@ -22,11 +22,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ....rewriter.adapter_tensors import AdapterTensors
-from ....rewriter.base_names import lookup
+from ....rewriter.base_names import base_modules, lookup
 from ....rewriter.errors import CheckpointError
 from ....rewriter.method import Method
 from ....rewriter.state import AdapterRecord
 from .foreign_folder import Config, ForeignAdapter, ForeignFolder, Tensors
+from .peft_attention import adapted_attentions
 from .peft_targets import is_conv1d
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]  # entries of the config, tensors
@@ -55,6 +56,12 @@ class OwnAdapter:
     def methods(self) -> dict[str, Any]:
         """Site name -> its method, in the order the sites count in."""
         return {site.name: group.method for group in self.record.groups for site in group.sites}
+
+    @property
+    def attentions(self) -> list[str]:
+        """The attentions that are adapted as a whole."""
+        kinds = {type(group.method).key for group in self.record.groups}
+        return adapted_attentions(self.record, dict(base_modules(self.root)), self.what) if kinds == {"lora"} else []
 
     @property
     def on_conv1d(self) -> bool:

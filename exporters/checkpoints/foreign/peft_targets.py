@@ -18,6 +18,7 @@ from ....rewriter.grafted_class import base_class
 from ....rewriter.modules.wrappers import unwrap
 from ....rewriter.targeting.bounded_regex import full_match
 from ....rewriter.targeting.model_embeddings import told_embeddings
+from .peft_attention import takes_whole
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -115,7 +116,12 @@ def target_names(config: Mapping[str, Any], model: nn.Module, what: str, parts: 
     if not isinstance(chosen_layers, list) or not all(type(layer) is int for layer in chosen_layers):
         raise CheckpointError(f"{what}: layers_to_transform={layers!r} in its config is not a list of layer numbers")
     found = []
-    layers_here = [n for n, m in modules.items() if n and (is_linear(m) or (tables and is_embedding(m)))]
+    whole = config.get("peft_type") == "LORA"  # which also takes attentions
+    layers_here = [
+        name
+        for name, module in modules.items()
+        if name and (is_linear(module) or (tables and is_embedding(module)) or (whole and takes_whole(module)))
+    ]
     for name in (*layers_here, *parts):
         if _regex(exclude, name, what) if isinstance(exclude, str) else _ends(name, exclude):
             continue

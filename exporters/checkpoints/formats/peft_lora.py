@@ -15,6 +15,7 @@ from ....rewriter.base_names import base_modules
 from ....rewriter.errors import CheckpointError, listing
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format, OwnAdapter, Written
+from ..foreign.peft_attention import COUNTED_TWICE, TIMES, our_name, stored_name, stored_output, whole_attentions
 from ..foreign.peft_folder import BIASES, check_config, check_sites, peft_sites
 from ..foreign.peft_parameters import WrappedParameter, stored_factors, take_parameters, wrapped_parameters
 from ..foreign.peft_targets import attention_outputs, pattern_value
@@ -32,7 +33,11 @@ def read(folder: ForeignFolder) -> ForeignAdapter:
         _check_padding(folder, site, given)
         sites[site] = {f"lora_{letter}": tensor for letter, tensor in given.items()}
     parameters, factors = take_parameters(folder, sites)
-    check_sites(folder, sites, ("lora_A", "lora_B"), others=bool(parameters))
+    attentions = whole_attentions(sites, folder.modules)
+    outputs = {stored_output(path): path for path in attentions}
+    layers = {site: given for site, given in sites.items() if site not in outputs}
+    check_sites(folder, layers, ("lora_A", "lora_B"), others=bool(parameters))
+    folder.all_there({place: sites.get(place, {}) for place in outputs}, ("lora_A", "lora_B"))
     uncalled, warning = attention_outputs(folder.model), ""
     if inert := [site for site in sites if site in uncalled]:
         if len(inert) == len(sites):
@@ -42,11 +47,17 @@ def read(folder: ForeignFolder) -> ForeignAdapter:
             "out here"
         )
     kept = {site: given for site, given in sites.items() if site not in uncalled}
-    for site, given in kept.items():
-        values |= {f"{site}.A": given["lora_A"], f"{site}.B": given["lora_B"]}
-    methods = {site: lora_at(folder, site) for site in kept}
+    methods = {}
+    for place, given in kept.items():
+        site = our_name(place, attentions)
+        twice = TIMES if place in outputs else 1
+        values |= {f"{site}.A": given["lora_A"], f"{site}.B": given["lora_B"] * twice}
+        methods[site] = lora_at(folder, outputs.get(place, place))  # an attention has one config for both
     methods |= {site: lora_at(folder, wrapped.full) for site, wrapped in parameters.items()}
-    return ForeignAdapter(methods, values | factors, train, warning)
+    if attentions:
+        warning = "; ".join(filter(None, [warning, COUNTED_TWICE.format(listing(attentions))]))
+    acting = {f"{path}.out_proj" for path in attentions}
+    return ForeignAdapter(methods, values | factors, train, warning, read_by_parent=acting)
 
 
 def _check_padding(folder: ForeignFolder, site: str, given: Mapping[str, Tensor]) -> None:
@@ -62,12 +73,15 @@ def _check_padding(folder: ForeignFolder, site: str, given: Mapping[str, Tensor]
         )
 
 
-def _stored(name: str, letter: str, module: AdapterTensors) -> tuple[str, Tensor]:
-    """Key and tensor of a factor; of an embedding's A without the padding entry, which takes no part here."""
+def _stored(name: str, letter: str, module: AdapterTensors, times: int) -> tuple[str, Tensor]:
+    """Key and tensor of a factor; of an embedding's A without the padding entry, which takes no part here.
+
+    `times` is how often PEFT counts the product.
+    """
     tensor = module.tensors()[letter]
     assert module.site is not None
     if not module.site.product.one_hot:
-        return f"{PREFIX}{name}.lora_{letter}.weight", tensor
+        return f"{PREFIX}{name}.lora_{letter}.weight", tensor / times if letter == "B" and times != 1 else tensor
     padding = getattr(module.site.product, "padding_idx", None)
     if letter == "A" and padding is not None:
         tensor = tensor.detach().clone()
@@ -87,7 +101,10 @@ def lora_at(folder: ForeignFolder, site: str) -> LoRA:
 
 
 def write(adapter: OwnAdapter) -> Written:
-    methods, wrapped = adapter.methods, _parameters(adapter)
+    attentions, wrapped = adapter.attentions, _parameters(adapter)
+    methods = {stored_name(name, attentions): method for name, method in adapter.methods.items()}
+    for path in attentions:  # one config for both, under its own name
+        methods.pop(stored_output(path))
     common = Counter(methods.values()).most_common(1)[0][0]
     ranks, alphas = {}, {}
     for name, method in methods.items():
@@ -119,13 +136,15 @@ def write(adapter: OwnAdapter) -> Written:
                 f"{adapter.what}: PEFT takes no {other} beside parameters, such as {listing(wrapped, 2)}. Save it with "
                 "format='fxgraft'"
             )
+    outputs = {stored_output(path) for path in attentions}
     tensors: dict[str, Tensor] = {}
     for name, module in adapter.sites.items():
         if name in wrapped:
             factors = stored_factors(wrapped[name], module.tensors()["A"], module.tensors()["B"])
             tensors |= {f"{PREFIX}{key}": tensor for key, tensor in factors.items()}
         else:
-            tensors |= dict(_stored(name, letter, module) for letter in "AB")
+            place = stored_name(name, attentions)
+            tensors |= dict(_stored(place, letter, module, TIMES if place in outputs else 1) for letter in "AB")
     return fields, tensors
 
 
