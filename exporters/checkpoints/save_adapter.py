@@ -78,8 +78,8 @@ def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str,
         raise CheckpointError(f"{what}: save_indices is for {taking}, and this is {next(iter(kinds)).__name__}")
     reshard(root)
     sites = {t.site.name: t for _, t in adapter_modules(root, name, record) if t.site is not None}
-    own = OwnAdapter(root, record, sites, what, save_indices, parameters)
-    fields, tensors = writer.write(own)
+    mine = OwnAdapter(root, record, sites, what, save_indices, parameters)
+    fields, tensors = writer.write(mine)
     config: dict[str, Any] = {
         "base_model_name_or_path": getattr(getattr(root, "config", None), "name_or_path", None) or None,
         "task_type": None,
@@ -93,7 +93,7 @@ def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str,
         config["bias"] = next((name for name in known if name == bias or name.endswith(bias)), None)
         if config["bias"] is None:
             raise CheckpointError(f"{what}: it trains biases, which fit PEFT's LoRA and VeRA folders only")
-    layers = targets_of([name for name in sites if name not in parameters], own.attentions)
+    layers = targets_of([name for name in sites if name not in parameters], mine.attentions)
     config["target_modules"] = _target_modules(config, root, layers, what)
     under = {f"{site.owner}.{site.bias}" for site in record.sites if site.bias is not None}
     for key, tensor in trained(root, name).items():  # PEFT keeps the base's tensors of an adapted layer one level down
