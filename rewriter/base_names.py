@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -65,3 +65,19 @@ def weight_at(modules: Mapping[str, nn.Module], site: Site) -> Tensor:
     weight = values_of(owner, site.weight)
     assert weight is not None
     return weight
+
+
+def in_order(module: nn.Module, names: Iterable[str]) -> None:
+    """Children and tensors in the order of these names: methods with one projection for all sites hand it out so."""
+    by_child: dict[str, list[str]] = {}
+    for name in names:
+        child, _, rest = name.partition(".")
+        by_child.setdefault(child, []).extend([rest] if rest else [])
+    position = {child: index for index, child in enumerate(by_child)}
+    for held in (module._modules, module._parameters, module._buffers):
+        ordered = sorted(held.items(), key=lambda item: position.get(item[0], len(position)))  # type: ignore[arg-type]
+        held.clear()
+        held.update(ordered)  # type: ignore[arg-type]
+    for child, inside in by_child.items():
+        if inside and (inner := module._modules.get(child)) is not None:
+            in_order(inner, inside)

@@ -15,6 +15,7 @@ from .emitter import PROVENANCE
 from .errors import listing
 from .modules.wrappers import unwrap
 from .program import PassResult
+from .program_verbs import over_programs
 from .sites import Site
 from .state import AdapterRecord, grafted_modules, state_of
 from .tensors import adapter_modules, trained_modules
@@ -178,6 +179,7 @@ def _told_ties(own: set[str], ties: Mapping[str, frozenset[str]], record: Adapte
     return "; ".join(f"tied to {listing(sorted(names), 4)}, {what}" for what, names in said if names)
 
 
+@over_programs
 def explain(model: nn.Module) -> Explanation:
     """Describe every adapter of an adapted model. Raises `AdapterError` for a model without any."""
     root, state = unwrap(model), state_of(model)

@@ -1,8 +1,4 @@
-"""`torch.export.ExportedProgram` in, `ExportedProgram` out.
-
-The program's module is adapted like any graph and exported again: no signature bookkeeping, and names and dynamic
-dimensions stay.
-"""
+"""`capture`: the whole graph of a model, to run passes on by hand."""
 
 from __future__ import annotations
 
@@ -11,61 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 
 from .capture.skeleton import bare
-from .create import graft_adapter
 from .errors import CaptureError
 from .program import Program
-from .spec import Spec
+from .program_verbs import over_programs
 
 
-def rewrite_exported(
-    program: ExportedProgram, spec: Spec, name: str, *, dtype: torch.dtype | None, update: Any
-) -> ExportedProgram:
-    """Graft an adapter into an exported program; the input is not changed.
-
-    Raises:
-        CaptureError: the program carries no example inputs to be exported again with.
-    """
-    if program.example_inputs is None:
-        raise CaptureError("this ExportedProgram has no example inputs; make it again with torch.export.export")
-    gm = program.module(check_guards=False)
-    order = [key.removesuffix(".weight") for key in program.state_dict]  # the original model's order
-    adapted = graft_adapter(gm, spec, name, dtype=dtype, update=update, order=order)  # type: ignore[arg-type]
-    args, kwargs = program.example_inputs
-    return torch.export.export(
-        adapted, args, dict(kwargs), dynamic_shapes=_dynamic_shapes(program, args, kwargs), strict=False
-    )
-
-
-def _dynamic_shapes(program: ExportedProgram, args: Any, kwargs: Any) -> Any:
-    """The dynamic dimensions of a program as a spec for exporting it again: a symbol becomes `Dim.AUTO`."""
-    placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
-    specs = []
-    for user_input in program.graph_signature.user_inputs:
-        node = placeholders.get(str(user_input))
-        value = node.meta.get("val") if node is not None else None
-        if isinstance(value, torch.Tensor):
-            dims = {i: Dim.AUTO for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
-            specs.append(dims or None)
-        else:
-            specs.append(None)
-    flat, tree = torch.utils._pytree.tree_flatten((args, dict(kwargs)))
-    if len(flat) != len(specs):
-        raise CaptureError(f"this ExportedProgram has {len(specs)} inputs but {len(flat)} example inputs")
-    shaped = torch.utils._pytree.tree_unflatten(specs, tree)
-    positional, named = shaped
-    if not any(s for s in specs):
-        return None
-    return (*positional, *named.values()) if not positional or not named else _by_name(program, positional, named)
-
-
-def _by_name(program: ExportedProgram, positional: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
-    names = [str(n) for n in program.graph_signature.user_inputs][: len(positional)]
-    return {**dict(zip(names, positional, strict=True)), **named}
-
-
+@over_programs
 def capture(
     model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any], dynamic_shapes: Any = None
 ) -> Program:

@@ -15,12 +15,14 @@ from .modules.missing_values import missing, settle
 from .modules.wrappers import M, unwrap
 from .one_by_one import OneByOne
 from .products import stacked_matrices
+from .program_verbs import over_programs
 from .quantised.quantised import quantised
 from .sites import Site
 from .state import Group, grafted_modules, record_of, state_of
 from .tensors import adapter_modules, trained_modules
 
 
+@over_programs
 @torch.inference_mode(False)
 @torch.no_grad()
 def materialise(model: M) -> M:

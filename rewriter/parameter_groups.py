@@ -10,10 +10,12 @@ from torch import nn
 from .base_names import base_modules
 from .errors import AdapterError, listing
 from .modules.wrappers import unwrap
+from .program_verbs import over_programs
 from .state import state_of
 from .tensors import adapter_modules, trained_modules
 
 
+@over_programs
 def parameter_groups(
     adapted: nn.Module,
     lr: float | None = None,

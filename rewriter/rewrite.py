@@ -9,14 +9,15 @@ from torch import nn
 
 from .create import graft_adapter
 from .errors import AdapterError
-from .exported_program import rewrite_exported
 from .modules.wrappers import unwrap
+from .program_verbs import over_programs
 from .spec import Spec
 from .targeting.train_targets import warn_untied
 
 T = TypeVar("T")
 
 
+@over_programs
 def rewrite(model: T, spec: Spec, name: str = "default", *, dtype: torch.dtype | None = None, update: Any = None) -> T:
     """Graft an adapter into a model and return the adapted model; the input is not changed.
 
@@ -39,8 +40,6 @@ def rewrite(model: T, spec: Spec, name: str = "default", *, dtype: torch.dtype |
     """
     if not isinstance(spec, Spec):
         raise AdapterError(f"rewrite(model, {type(spec).__name__}): the second argument is an fg.Spec(method, targets)")
-    if isinstance(model, torch.export.ExportedProgram):
-        return rewrite_exported(model, spec, name, dtype=dtype, update=update)  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise AdapterError(
             f"rewrite({type(model).__name__}, ...): give an nn.Module, an fx.GraphModule or an ExportedProgram"

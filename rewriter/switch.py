@@ -23,23 +23,27 @@ from .modules.fast_paths import set_fast_paths
 from .modules.save_hook import release_saving
 from .modules.unreached_sites import watch
 from .modules.wrappers import M, unwrap
+from .program_verbs import changing_programs, over_programs
 from .state import STATE, ModelState, find_state, forget_lost, grafted_modules, state_of
 from .tensors import adapter_parameters
 
 _switching = threading.RLock()
 
 
+@over_programs
 def active(model: nn.Module) -> list[str]:
     """Names of the active adapters, in the order they are added to the base's output."""
     return list(state_of(model).active)
 
 
+@over_programs
 def active_weights(model: nn.Module) -> dict[str, float]:
     """The active adapters and the weights of their deltas, in order."""
     state = state_of(model)
     return {name: state.weights.get(name, 1.0) for name in state.active}
 
 
+@changing_programs
 def set_active(
     model: nn.Module,
     names: Sequence[str] | Mapping[str, float],
@@ -113,6 +117,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
         AdapterError: the model has no adapter; it is a `DataParallel`, which runs threads of its own; or a backward
             pass inside the block computes checkpointed layers again whose forward pass was outside.
     """
+    if isinstance(model, torch.export.ExportedProgram):
+        raise AdapterError(
+            "disabled(ExportedProgram): the graph of a program is fixed, and no block can change what it computes; use "
+            "fg.set_active(program, []), or rewrite program.module() instead of the program"
+        )
     if isinstance(model, nn.DataParallel):
         raise AdapterError(
             "disabled(DataParallel): its replicas run in threads of their own, which the block does not reach; use "
@@ -125,6 +134,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@changing_programs
 def remove(model: nn.Module, name: str) -> None:
     """Take an adapter out of the model, in place. Without adapters the model is the plain base, frozen flags undone."""
     root, state = unwrap(model), state_of(model)

@@ -16,6 +16,7 @@ from .graft_plan import Shape
 from .modules import missing_values
 from .modules.shards import full, put, reshard
 from .modules.wrappers import unwrap
+from .program_verbs import over_programs
 from .state import AdapterRecord, grafted_modules, record_of, state_of
 
 
@@ -80,6 +81,7 @@ def live_state(root: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
+@over_programs
 def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
     """What makes up an adapter, detached, not copied: `<site>.<tensor>`, shared tensors by their bare name, and
     the trained modules under their base keys. Derived tensors (Uni-LoRA's indices) are not part of it.

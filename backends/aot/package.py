@@ -25,6 +25,7 @@ from ...rewriter.errors import AdapterError, ExportError, listing
 from ...rewriter.exported_program import capture
 from ...rewriter.modules.offloaded import is_dispatched, loaded
 from ...rewriter.modules.wrappers import strip_wrappers, unwrap
+from ...rewriter.program_verbs import over_programs
 from ...rewriter.state import find_state, record_of
 from ...rewriter.switch import active, set_active
 from ...rewriter.tensors import adapter_state
@@ -45,6 +46,7 @@ _FIXED = {
 }
 
 
+@over_programs
 def package(
     adapted: nn.Module,
     path: str | os.PathLike[str],

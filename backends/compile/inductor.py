@@ -21,6 +21,7 @@ from ...rewriter.explain import COMPILED, CompileNote, note_of
 from ...rewriter.modules.unreached_sites import check_graph
 from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.program import Pipeline, Program
+from ...rewriter.program_verbs import over_programs
 from .gather_apart import GatherApart
 from .kernel_preference import KernelPreference, check, plan, preference
 
@@ -84,6 +85,7 @@ def register() -> None:
         dynamo.register_backend(fxgraft, name="fxgraft")
 
 
+@over_programs
 def compile(
     model: M, *, kernels: Literal["auto", "aten", "triton"] | KernelPreference = KernelPreference.AUTO, **options: Any
 ) -> M:

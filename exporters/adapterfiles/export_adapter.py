@@ -15,6 +15,7 @@ from ...passes.models.factors import trained
 from ...passes.models.opened import form_values, whole_weights
 from ...rewriter.errors import ExportError
 from ...rewriter.modules.wrappers import unwrap
+from ...rewriter.program_verbs import over_programs
 from ...rewriter.state import record_of
 from ...rewriter.switch import base_of
 from . import graph_manifest as manifest
@@ -26,6 +27,7 @@ from .structured import Expander, describe, floating, own_tensors
 Tensors = Mapping[str, torch.Tensor]
 
 
+@over_programs
 def export_ort_adapter(
     adapted: torch.nn.Module,
     path: str | os.PathLike[str],

@@ -11,6 +11,7 @@ from torch import nn
 from ...passes.models.bank_sources import register_folder_opener
 from ...rewriter.errors import CheckpointError, SpecError, listing
 from ...rewriter.modules.wrappers import M
+from ...rewriter.program_verbs import over_programs
 from .derived_hash import check_derived
 from .folder_files import WEIGHTS, check_config_is_theirs, read_folder
 from .foreign.foreign_folder import ForeignFolder
@@ -23,6 +24,7 @@ from .own_format import is_own, load_own
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+@over_programs
 def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "default") -> M:
     """Graft a saved adapter and return the adapted model; the input model is not changed.
 
@@ -37,8 +39,7 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
     """
     if not isinstance(model, nn.Module):
         raise CheckpointError(
-            f"load_adapter({type(model).__name__}, ...): give an nn.Module or an fx.GraphModule; of an ExportedProgram "
-            "that is program.module()"
+            f"load_adapter({type(model).__name__}, ...): give an nn.Module, an fx.GraphModule or an ExportedProgram"
         )
     stored = read_folder(directory, name)
     config, tensors, what = stored.config, stored.tensors, stored.what

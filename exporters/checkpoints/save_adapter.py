@@ -17,6 +17,7 @@ from ...rewriter.errors import CheckpointError, listing
 from ...rewriter.method import Method
 from ...rewriter.modules.shards import full, on_first, reshard
 from ...rewriter.modules.wrappers import unwrap
+from ...rewriter.program_verbs import over_programs
 from ...rewriter.sites import Site
 from ...rewriter.state import AdapterRecord, grafted_modules, record_of
 from ...rewriter.targeting.patterns import inside
@@ -32,6 +33,7 @@ from .formats import FORMATS
 from .own_format import save_own
 
 
+@over_programs
 def save_adapter(
     adapted: nn.Module,
     directory: str | os.PathLike[str],

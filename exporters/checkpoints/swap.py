@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ...rewriter.adapter_state import AdapterState
+from ...rewriter.program_verbs import over_programs
 from ...rewriter.state import record_of
 from ...rewriter.switch import base_of
 from ...rewriter.tensors import adapter_state, widened_like
@@ -18,6 +19,7 @@ from .load_adapter import load_adapter
 from .own_format import is_own, own_state
 
 
+@over_programs
 def swap(
     model: nn.Module, state: Mapping[str, Tensor] | nn.Module | str | os.PathLike[str], name: str = "default"
 ) -> None:

@@ -15,6 +15,7 @@ from ...backends.artifact.signature import Axes, automatic_axes, bind, check_siz
 from ...backends.artifact.staging import staged
 from ...rewriter.capture.skeleton import bare
 from ...rewriter.errors import ExportError, listing
+from ...rewriter.program_verbs import over_programs
 from ...rewriter.state import find_state
 from ..adapterfiles import graph_manifest as manifest
 from .cache.cached_example import cached_example
@@ -33,6 +34,7 @@ MODES = ("merged", "swappable", "bank")
 OPSETS = (18, 25)
 
 
+@over_programs
 def export_onnx(
     adapted: torch.nn.Module,
     path: str | Path,

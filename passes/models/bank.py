@@ -24,6 +24,7 @@ from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.forms import Form, forms_of, put_entry
 from ...rewriter.method import ADAPTER_IDS
 from ...rewriter.modules.wrappers import M, unwrap
+from ...rewriter.program_verbs import over_programs
 from ...rewriter.sites import cut_differently
 from ...rewriter.spec import Spec
 from ...rewriter.state import find_state, record_of
@@ -39,6 +40,7 @@ from .factors import sites_as_targets
 
 
 # -- making one --------------------------------------------------------------------------------------------------
+@over_programs
 def bank(
     model: M,
     tenants: Mapping[str, Tenant] | None = None,
@@ -186,11 +188,13 @@ def _record(banked: nn.Module) -> BankRecord:
     return record
 
 
+@over_programs
 def tenants(banked: nn.Module) -> dict[str, int]:
     """The tenants of a bank and their slots, from 1 up."""
     return dict(_record(banked).tenants)
 
 
+@over_programs
 def adapter_ids(banked: nn.Module, names: Sequence[str | None]) -> Tensor:
     """The slots of these tenants, `(len(names),)` int64 on the model's device; None is the base model.
 
@@ -212,6 +216,7 @@ def _device(root: nn.Module) -> torch.device:
     return next((device for device in devices if device.type != "meta"), devices[0])
 
 
+@over_programs
 def add_tenant(banked: nn.Module, name: str, tenant: Tenant) -> None:
     """Put an adapter, or a saved one, into a free slot, or in the place of the tenant of that name; nothing is compiled
     anew.
@@ -231,6 +236,7 @@ def add_tenant(banked: nn.Module, name: str, tenant: Tenant) -> None:
         _fill(root, name, open_source(base_of(root), record.spec, name, tenant))
 
 
+@over_programs
 def remove_tenant(banked: nn.Module, name: str) -> None:
     """Free a tenant's slot. Ids that `adapter_ids` made with it are refused from here on; a plain number is a slot, and
     gets the base model until another tenant sits there."""

@@ -21,6 +21,7 @@ from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.grafted_class import plain_view
 from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.products.stacked_matrices import each
+from ...rewriter.program_verbs import over_programs
 from ...rewriter.sites import Site, cut_differently
 from ...rewriter.state import grafted_modules, record_of, state_of
 from ...rewriter.switch import set_active
@@ -37,6 +38,7 @@ Majority = Literal["total", "frequency"]
 Factors = tuple[Tensor, Tensor, float]  # A (r, in), B (out, r) and a scale
 
 
+@over_programs
 def combine(
     model: M,
     adapters: Sequence[str] | Mapping[str, float],

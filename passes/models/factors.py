@@ -16,6 +16,7 @@ from ...rewriter.base_names import lookup
 from ...rewriter.create import graft_adapter
 from ...rewriter.forms import put_entry
 from ...rewriter.modules.wrappers import M, unwrap
+from ...rewriter.program_verbs import over_programs
 from ...rewriter.quantised.quantised import quantised
 from ...rewriter.sites import Site
 from ...rewriter.spec import Spec, Target
@@ -73,6 +74,7 @@ def sites_as_targets(sites: Sequence[Site]) -> tuple[Target | str, ...]:
     return tuple(targets)
 
 
+@over_programs
 def to_lora(adapted: M, name: str = "default") -> M:
     """The same function as a plain LoRA: exact for LoRA, LoRA-XS, LoRA-SB, Uni-LoRA and PRoLoRA.
 

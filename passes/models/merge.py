@@ -21,6 +21,7 @@ from ...rewriter.active_adapters import check_together, chosen_weights
 from ...rewriter.adapter_tensors import AdapterTensors
 from ...rewriter.analysis.dataflow import tied_names
 from ...rewriter.base_names import base_modules, lookup
+from ...rewriter.capture.outline import AdaptableGraphModule, inline_linears
 from ...rewriter.capture.skeleton import copy_skeleton
 from ...rewriter.errors import AdapterError, MergeError, listing
 from ...rewriter.grafted_class import plain_view
@@ -29,6 +30,7 @@ from ...rewriter.modules.offloaded import put_values as keep_values
 from ...rewriter.modules.offloaded import values_of
 from ...rewriter.modules.wrappers import M, strip_wrappers, unwrap
 from ...rewriter.products.stacked_matrices import fold
+from ...rewriter.program_verbs import over_programs
 from ...rewriter.quantised.quantised import quantised
 from ...rewriter.state import ModelState, Tie, grafted_modules, record_of, state_of
 from ...rewriter.switch import active_weights, base_of
@@ -39,6 +41,7 @@ from .requantise import requantise as put_back
 _TIES = "tie_word_embeddings"
 
 
+@over_programs
 @torch.inference_mode(False)
 def merge(
     adapted: M,
@@ -106,7 +109,8 @@ def merge(
         follow(plain, state.adapters[name].ties)
     now = tied_names(plain)
     _untie(plain, [name for name, tied in ties.items() if now.get(name) != tied])
-    return plain.train(root.training) if root.training != plain.training else plain
+    plain = plain.train(root.training) if root.training != plain.training else plain
+    return inline_linears(plain) if isinstance(plain, AdaptableGraphModule) else plain  # type: ignore[return-value]
 
 
 def _quantised_owners(

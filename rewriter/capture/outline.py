@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..adapter_tensors import Container
 from ..analysis.memory import erase_unread
+from ..base_names import in_order
 from ..calls.disabled import is_off
 from ..errors import CaptureError
 from ..grafted_class import BASE, Grafted, plain_view, renew_class
@@ -27,19 +28,20 @@ from ..products.linear import Linear
 from ..products.product import ProductNode
 from ..sites import NoMatch
 from ..state import STATE
+from .own_names import own_names
 from .skeleton import copy_skeleton
 
 
 class OutlinedLinear(nn.Module):
     """`x W^T (+ b)` cut out of a graph. Its tensors keep the layout and the names they had there."""
 
-    def __init__(self, weight: str, bias: str | None, contracted: int) -> None:
+    def __init__(self, weight: str, bias: str, contracted: int) -> None:
         super().__init__()
         self.weight_name, self.bias_name, self.contracted = weight, bias, contracted
 
     def forward(self, x: Tensor) -> Tensor:
         weight = getattr(self, self.weight_name)
-        bias = None if self.bias_name is None else getattr(self, self.bias_name)
+        bias = getattr(self, self.bias_name)
         return F.linear(x, weight if self.contracted == 1 else weight.t(), bias)
 
 
@@ -62,6 +64,7 @@ class AdaptableGraphModule(fx.GraphModule):
             warnings.simplefilter("ignore", FutureWarning)
             twin = fx.GraphModule.__deepcopy__(plain, memo)  # type: ignore[arg-type]
         memo[id(self)] = twin
+        _as_in(twin, self)
         return _attach(twin, copy.deepcopy(self._unnamed(), memo))
 
     def __reduce__(self) -> Any:
@@ -85,6 +88,16 @@ class AdaptableGraphModule(fx.GraphModule):
                 "the graph before rewrite, or fg.merge it first"
             )
         return super().recompile()
+
+
+def _as_in(twin: nn.Module, gm: nn.Module) -> None:
+    """fx copies tensors in the order that the graph reads them in, and every buffer as a persistent one: undo that."""
+    in_order(twin, gm.state_dict(keep_vars=True))
+    modules = dict(twin.named_modules())
+    for path, module in gm.named_modules():
+        if (copied := modules.get(path)) is not None:  # a lifted constant is a plain attribute of the original
+            added = copied._buffers.keys() - module._buffers.keys()
+            copied._non_persistent_buffers_set |= added | (module._non_persistent_buffers_set & copied._buffers.keys())
 
 
 def _attach(gm: fx.GraphModule, unnamed: dict[str, Any]) -> fx.GraphModule:
@@ -118,6 +131,8 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         result = copy_skeleton(gm)
+    _as_in(result, gm)
+    own_names(result)
     parameters = dict(result.named_parameters(remove_duplicate=False))
     found = find_products(result.graph, parameters)
     outlined: dict[fx.Node, fx.Node] = {}
@@ -140,7 +155,7 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
         if held != {weight} | ({bias} - {None}) or holder._modules or type(holder) is OutlinedLinear:
             continue
         parent, _, leaf = path.rpartition(".")
-        layer = OutlinedLinear(weight, bias, first.product.contracted)
+        layer = OutlinedLinear(weight, bias or "bias", first.product.contracted)
         for name in holder._parameters:  # in the order of the keys
             layer.register_parameter(name, holder._parameters[name])
         layer.register_parameter(bias or "bias", layer._parameters.get(bias or "bias"))
@@ -158,5 +173,35 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
         erase_unread(result.graph, orphans)  # the reads of the outlined weights
         result.graph.lint()
     adaptable = AdaptableGraphModule(result, result.graph)
+    _as_in(adaptable, result)
     adaptable.train(gm.training)
     return adaptable
+
+
+def inline_linears(gm: fx.GraphModule) -> fx.GraphModule:
+    """The inverse of `outline_linears` on a graph without adapters, in place: plain attributes and operators again."""
+    calls = [n for n in gm.graph.nodes if n.op == "call_module" and type(gm.get_submodule(n.target)) is OutlinedLinear]
+    for path in dict.fromkeys(str(node.target) for node in calls):
+        layer = cast(OutlinedLinear, gm.get_submodule(path))
+        holder = nn.Module()
+        for name, parameter in layer._parameters.items():
+            if parameter is not None:
+                holder.register_parameter(name, parameter)
+        holder.train(layer.training)
+        for node in (node for node in calls if node.target == path):
+            with gm.graph.inserting_before(node):
+                weight = gm.graph.get_attr(f"{path}.{layer.weight_name}")
+                given = layer._parameters.get(layer.bias_name) is not None
+                added = gm.graph.get_attr(f"{path}.{layer.bias_name}") if given else None
+                turned = weight if layer.contracted == 1 else gm.graph.call_method("t", (weight,))
+                product = gm.graph.call_function(F.linear, (node.args[0], turned, added))
+            product.meta.update(node.meta)
+            node.replace_all_uses_with(product)
+            gm.graph.erase_node(node)
+        parent, _, leaf = path.rpartition(".")
+        setattr(gm.get_submodule(parent), leaf, holder)
+    plain = fx.GraphModule(gm, gm.graph)
+    _as_in(plain, gm)
+    plain.meta.update(gm.meta)
+    plain.__dict__["training"] = gm.training
+    return plain

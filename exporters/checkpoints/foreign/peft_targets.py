@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from ....rewriter.base_names import base_modules
+from ....rewriter.capture.outline import OutlinedLinear
 from ....rewriter.errors import CheckpointError, SpecError
 from ....rewriter.grafted_class import base_class
 from ....rewriter.modules.wrappers import unwrap
@@ -24,7 +25,7 @@ from .peft_attention import takes_whole
 def is_linear(module: nn.Module) -> bool:
     """Whether PEFT would wrap this module as a linear layer."""
     kind = base_class(module)
-    return issubclass(kind, nn.Linear) or is_conv1d(module)
+    return issubclass(kind, nn.Linear) or is_conv1d(module) or issubclass(kind, OutlinedLinear)
 
 
 def is_embedding(module: nn.Module) -> bool:
@@ -33,8 +34,9 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' `Conv1D`, known by its name so that transformers need not be there."""
-    return base_class(module).__name__ == "Conv1D"
+    """Whether this is transformers' `Conv1D`, known by its name so that transformers need not be there, or was one
+    before it became a product in a graph."""
+    return base_class(module).__name__ == "Conv1D" or (isinstance(module, OutlinedLinear) and module.contracted == 0)
 
 
 def attention_outputs(model: nn.Module) -> set[str]:
