@@ -23,10 +23,11 @@ from .modules import missing_values
 from .modules.bias_slot import bias_slot
 from .modules.foreign_tuners import check_no_tuners
 from .modules.offloaded import check_reachable, loaded, shared_stores
+from .modules.placement import check_placed, place, replicate
 from .modules.quantised_sites import check_quantised
 from .modules.save_hook import take_over_saving
 from .modules.scripted import check_initialised
-from .modules.shards import check_unsharded
+from .modules.shards import check_unsharded, full, is_sharded
 from .modules.wrappers import M, unwrap
 from .one_by_one import OneByOne
 from .products import stacked_matrices
@@ -84,6 +85,7 @@ def graft_adapter(
         state.trained = frozenset(n for n, p in base_parameters(source) if p.requires_grad)
     modules = grafted_modules(adapted)
     for group in groups:
+        check_placed(group.method, group.sites, modules)
         for site in group.sites:
             without = site.host is not None or bias_slot(modules[site.owner], site) is None
             if site.bias is None and without and (instead := group.method.adds_bias(site)) is not None:
@@ -173,16 +175,22 @@ def _create(
         stacked_matrices.derive(group.method, group.sites, common, local)
         if initialise:
             sites = group.sites
-            weights = OneByOne(len(sites), lambda i: weight_at(modules, sites[i]).detach().to(sites[i].device))
+            weights = OneByOne(len(sites), lambda i: full(weight_at(modules, sites[i]).detach()).to(sites[i].device))
             stacked_matrices.initialise(group.method, sites, common, local, weights, update)
+    for holder, site, decls in zip(local_holders, group.sites, declared.local, strict=True):
+        if is_sharded(weight := weight_at(modules, site)):
+            place(holder, group.method, site, weight, decls)
+            if shared is not None and not any(map(is_sharded, common.values())):
+                replicate(shared, weight)
+                common = shared.tensors()
 
 
 def _train_parameters(modules: Mapping[str, nn.Module], names: Sequence[str], adapter: str, keep_ties: bool) -> None:
     """Give the owners of single parameters copies to train, which stand for them while the adapter is active."""
     first: dict[tuple[object, ...], nn.Parameter] = {}
     holders: dict[str, TrainedParameters] = {}
-    for full in names:
-        path, _, attribute = full.rpartition(".")
+    for whole in names:
+        path, _, attribute = whole.rpartition(".")
         own = modules[path]._parameters[attribute]
         assert own is not None
         copied = first.get(storage_key(own)) if keep_ties else None

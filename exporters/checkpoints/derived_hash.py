@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ...rewriter.errors import CheckpointError
+from ...rewriter.modules.shards import full
 from ...rewriter.modules.wrappers import unwrap
 from ...rewriter.state import record_of
 from ...rewriter.tensors import adapter_modules
@@ -39,7 +40,7 @@ def derived_hash(
             tensor = tensors._buffers[key]
             if tensor is None or tensor.is_meta:
                 return None
-            any_there = True
+            tensor, any_there = full(tensor), True
             update_hash(told, prefix + key, tensor.signbit() if signs and tensor.is_floating_point() else tensor)
     return told.hexdigest() if any_there else None
 
