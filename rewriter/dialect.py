@@ -116,10 +116,7 @@ def operator(schema: str, traits: Traits = _NONE) -> Callable[[Callable[..., Ten
         overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
         _declared[overload] = replace(traits, fresh=True, direct=_call_directly(overload, definition))
         if (halves := traits.halves) is not None:
-            reads(fresh=True)(halves.up)
-            for function in (halves.down, halves.across):
-                if function is not None:
-                    reads(factor=True)(function)
+            _declare_halves(halves)
         if traits.common is not None:
             reads(fresh=True)(traits.common.function)
         return overload
@@ -153,6 +150,13 @@ def reads(*, fresh: bool = False, factor: bool = False) -> Callable[[Function], 
         return function
 
     return declare
+
+
+def _declare_halves(halves: Halves) -> None:
+    reads(fresh=True)(halves.up)
+    for function in (halves.down, halves.across):
+        if function is not None:
+            reads(factor=True)(function)
 
 
 def _call_directly(overload: torch._ops.OpOverload, definition: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .calls.call_values import current
-from .dialect import cast, is_dialect, traits_of
+from .dialect import cast, halves_of, is_dialect, traits_of
 from .errors import SpecError
 from .parts import Rows
 from .quantised.quantised import WEIGHT_OF, opaque_call
@@ -75,27 +75,29 @@ class Emitter:
         Raises:
             SpecError: it has no halves, and the product no rows.
         """
-        if not self.site.product.plain and (is_dialect(target) or traits_of(target).halves is not None):
+        if not self.site.product.plain and (is_dialect(target) or halves_of(target) is not None):
             return self._beside(target, args)
-        return self._call(target, *args, **kwargs)
+        return self.function(target, *args, **kwargs)
 
-    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def function(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of a function, as it is."""
         return self._mark(self.graph.call_function(target, args, kwargs))
 
     def _beside(self, target: Any, args: Sequence[Any]) -> fx.Node:
         """`op(x, *rest)` -> `up(product(x, down(*rest)), *rest)` -> the delta in the layout of the product's result."""
-        product, halves = self.site.product, traits_of(target).halves
+        product, halves = self.site.product, halves_of(target)
         inputs = 1 if halves is None else halves.inputs
         x, rest = args[0], args[inputs:]
         if halves is not None and all(given is x for given in args[:inputs]):
-            z = product.down(self._call, x, self._call(halves.down, *rest))
+            z = product.down(self.function, x, self.function(halves.down, *rest))
             if halves.across is not None:
-                return product.up(self._call, z, self._call(halves.across, *rest))
-            return product.unrolled(self._call, self._call(halves.up, product.last(self._call, z), *rest))
-        rows = [product.rows(self._call, given) for given in args[:inputs]]
-        if any(node is None for node in rows):
-            raise SpecError(f"{self.site.name!r} cannot be adapted: {product.refusal(str(target))}")
-        return product.unrolled(self._call, self._call(target, *rows, *rest))
+                return product.up(self.function, z, self.function(halves.across, *rest))
+            return product.unrolled(self.function, self.function(halves.up, product.last(self.function, z), *rest))
+        amounts_to = traits_of(target).weight_form  # of the arguments behind x and the product
+        if amounts_to is not None and product.takes_weights:
+            return product.by_weight(self.function, x, self.function(amounts_to, *args[2:]))
+        rows = [self.rows(given) for given in args[:inputs]]
+        return self.unrolled(self.function(target, *rows, *rest))
 
     def tensor(self, name: str) -> fx.Node:
         """A tensor of this site."""
@@ -117,7 +119,9 @@ class Emitter:
     @property
     def y(self) -> fx.Node:
         return (
-            self._output if self._rows is None else self._rows.take(self._output, self.site.product.channel, self._call)
+            self._output
+            if self._rows is None
+            else self._rows.take(self._output, self.site.product.channel, self.function)
         )
 
     @property
@@ -136,19 +140,38 @@ class Emitter:
             node = self._mark(self.graph.call_module(WEIGHT_OF))
         else:
             node = self._mark(self.graph.get_attr(self.site.weight))
-        node = self.site.product.matrix_node(self._call, node)
-        return node if self._rows is None else self._rows.take(node, -2, self._call)
+        node = self.site.product.matrix_node(self.function, node)
+        return node if self._rows is None else self._rows.take(node, -2, self.function)
 
     def bias(self) -> fx.Node | None:
         """The base bias `(out,)` of this site, or None."""
         if self.site.bias is None:
             return None
         node = self._mark(self.graph.get_attr(self.site.bias))
-        return node if self._rows is None else self._rows.take(node, -1, self._call)
+        return node if self._rows is None else self._rows.take(node, -1, self.function)
 
     def delta_weight(self) -> fx.Node:
         """What the delta is multiplied with, if that is not 1."""
         return self._mark(self.graph.get_attr(f"{WEIGHT}{self._slot}"))
+
+    def rows(self, x: fx.Node) -> fx.Node:
+        """x as the rows `(..., in)` that the weight multiplies.
+
+        Raises:
+            SpecError: the product has none.
+        """
+        if self.site.product.plain:
+            return x
+        rows = self.site.product.rows(self.function, x)
+        if rows is None:
+            raise SpecError(
+                f"{self.site.name!r} cannot be adapted: {self.site.product.refusal(self._provenance.method)}"
+            )
+        return rows
+
+    def unrolled(self, delta: fx.Node) -> fx.Node:
+        """The delta of rows, `(..., out)`, as `add` takes it."""
+        return self.site.product.unrolled(self.function, delta)
 
     def training(self) -> fx.Node:
         """The owner's mode, as a value: True in training."""
@@ -168,9 +191,9 @@ class Emitter:
             return self.call(add_delta, self._output, delta)
         # The sum is read through the whole output only: an operator whose schema says that it writes survives cleanup.
         dim = self.site.product.channel
-        blocks = self._rows.blocks(self._output, dim, self._call)
+        blocks = self._rows.blocks(self._output, dim, self.function)
         for view in (blocks, *blocks.all_input_nodes):
             if self._output in view.all_input_nodes:
                 view.meta[_WRITTEN] = self._rows
-        self._call(torch.ops.aten.add_.Tensor, blocks, self._rows.split(delta, dim, self._call))
+        self.function(torch.ops.aten.add_.Tensor, blocks, self._rows.split(delta, dim, self.function))
         return self._output

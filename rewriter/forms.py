@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .calls.sample_rows import in_place, samples_first
+from .dialect import halves_of
 from .emitter import Emitter
 from .errors import AdapterError
 from .method import ADAPTER_IDS, Decl, Declaration, InitContext, Method, Tensors
@@ -195,12 +196,16 @@ class Form(Method, key=""):
 
     def emit(self, e: Emitter) -> fx.Node:
         if not self.slots:
-            return e.add(e.call(self.products, e.x, *self.arguments(e)))
+            if halves_of(self.products) is not None and e.site.product.free_factors:
+                return e.add(e.call(self.products, e.x, *self.arguments(e)))
+            return e.add(e.unrolled(e.function(self.products, e.rows(e.x), *self.arguments(e))))
         ids, rows = e.given(ADAPTER_IDS), e.tensor("rows")
         x = e.call(samples_first, e.x, ids, rows)
         if self.graph:
             chosen = [e.call(torch.index_select, tensor, 0, ids) for tensor in self.arguments(e)]
-            delta = e.call(_joined, e.call(self.products, e.call(_by_sample, x, ids), *chosen), x, ids)
+            x = e.rows(x)
+            products = e.function(self.products, e.call(_by_sample, x, ids), *chosen)
+            delta = e.unrolled(e.call(_joined, products, x, ids))
         else:
             delta = e.call(self.operator, x, ids, *self.arguments(e))
         return e.add(e.call(in_place, delta, ids, rows))

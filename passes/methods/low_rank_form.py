@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...rewriter.dialect import Halves, cast, operator, product_with, splits
+from ...rewriter.dialect import Halves, cast, operator, splits
 from ...rewriter.forms import Axes, Form
 from ...rewriter.method import Method, Tensors
 from .by_sample import chosen, no_delta, per_sample
@@ -28,15 +28,15 @@ def bank_lora(x: Tensor, ids: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
     return torch.bmm(z, cast(chosen(B, ids), x)).reshape(*x.shape[:-1], B.shape[-1])
 
 
-def _down(A: Tensor, B: Tensor) -> Tensor:
-    return A.mT
+def _given_down(A: Tensor, B: Tensor) -> Tensor:
+    return A.transpose(-1, -2)
 
 
-def _across(A: Tensor, B: Tensor) -> Tensor:
-    return B.mT
+def _given_up(z: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return torch.matmul(z, B)
 
 
-@splits(Halves(_down, product_with(_across), _across))
+@splits(Halves(_given_down, _given_up))
 def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """`(x A) B`: A `(..., in, r)`, B `(..., r, out)`."""
     return torch.matmul(torch.matmul(x, A), B)

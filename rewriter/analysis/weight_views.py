@@ -71,6 +71,12 @@ def turned(node: fx.Node) -> bool | None:
     return None
 
 
+def same_values(node: fx.Node) -> bool:
+    """For a node on a tensor of any dimensions: whether the result has the same values in the same places."""
+    name = name_of(node)
+    return name in _SAME or (name is not None and name in _CASTS and _keeps_values(node, name))
+
+
 def _dims(values: Sequence[object]) -> list[int] | None:
     """Dimensions of a 2-d tensor, counted from 0; None unless all are known."""
     known = [v for v in values if type(v) is int and -2 <= v < 2]

@@ -18,6 +18,7 @@ from .multihead_attention import attention_graph, is_attention
 from .observation import Observation, is_bookkeeping, protected
 from .reads import Read
 from .surroundings import Surroundings
+from .transposed_convolution import is_transposed, numbers_of, transposed_graph
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def trace(module: nn.Module) -> Trace:
     if is_attention(module):
         out = module._modules["out_proj"]
         structure += (None if out is None else tuple(n for n, p in out._parameters.items() if p is not None),)
+    if is_transposed(module):
+        structure += numbers_of(module)
     with _lock:
         for known in _traces.get(structure, ()):
             if known.fits(module):
@@ -161,6 +164,8 @@ def trace(module: nn.Module) -> Trace:
 def _make(module: nn.Module, structure: tuple[Any, ...]) -> Trace:
     if is_attention(module):
         return Trace(attention_graph(module), structure)
+    if is_transposed(module):
+        return Trace(transposed_graph(module), structure)
     graphs, reads = [], {}
     for training in (False, True):
         graph, found = _run(module, training)

@@ -10,15 +10,16 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from ..analysis.weight_views import is_fact, source_of, turned
+from ..analysis.weight_views import is_fact, same_values, source_of, turned
+from .convolution import match_convolution
 from .embedding import match_embedding
 from .linear import match_linear
 from .product import Matcher, NoMatch, ProductNode, Use
 
 #: every kind's look at a use of a weight, asked in this order
-KINDS: tuple[Matcher, ...] = (match_linear, match_embedding)
+KINDS: tuple[Matcher, ...] = (match_linear, match_embedding, match_convolution)
 #: the numbers of dimensions of the weights they know
-DIMS = frozenset({2})
+DIMS = frozenset({2, 3, 4, 5})
 
 
 def find_products(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> dict[str, list[ProductNode] | NoMatch]:
@@ -49,7 +50,9 @@ def _products_of(graph: fx.Graph, name: str, tensors: Mapping[str, Tensor]) -> l
         for user in view.users:
             if is_fact(user, view):
                 continue
-            turn = turned(user) if source_of(user) is view and len(user.all_input_nodes) <= 2 else None
+            turn = None
+            if source_of(user) is view and len(user.all_input_nodes) <= 2:
+                turn = turned(user) if tensors[name].dim() == 2 else False if same_values(user) else None
             if turn is None:
                 uses[user] = origins[view]
             elif user not in views:

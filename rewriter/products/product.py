@@ -36,6 +36,8 @@ class Product(abc.ABC):
     linear: ClassVar[bool] = False
     #: x says which one of the features counts: it has no values to drop, and starting values are not for sums of many
     one_hot: ClassVar[bool] = False
+    #: whether another weight can stand in the place of the base's, `by_weight`
+    takes_weights: ClassVar[bool] = False
     #: what is said of a weight whose uses are several products
     several: ClassVar[str] = "is used in products that differ"
     #: how many matrices the weight stacks along its first dimension; 0 for one that is a matrix
@@ -45,6 +47,16 @@ class Product(abc.ABC):
     def channel(self) -> int:
         """The dimension of the product's result with the produced features."""
         return -1
+
+    @property
+    def undivided(self) -> str:
+        """Why a part of what it produces cannot have an adapter of its own; empty where it can."""
+        return ""
+
+    @property
+    def free_factors(self) -> bool:
+        """Whether `down` in an exported graph takes a factor of another rank than the one it was exported with."""
+        return True
 
     # -- the weight ------------------------------------------------------------------------------------------------
     @abc.abstractmethod
@@ -71,6 +83,10 @@ class Product(abc.ABC):
     def up(self, call: Call, z: fx.Node, across: fx.Node) -> fx.Node:
         """From z through `across (out, q)` to the delta, in the layout of the product's result."""
         return self.unrolled(call, call(_times, self.last(call, z), across))
+
+    def by_weight(self, call: Call, x: fx.Node, weight_and_bias: fx.Node) -> fx.Node:
+        """The product of x with another weight `(out, in)`, and a bias or None, a pair, where it `takes_weights`."""
+        raise NotImplementedError
 
     def last(self, call: Call, z: fx.Node) -> fx.Node:
         """z with its q features last, as an up half takes it."""

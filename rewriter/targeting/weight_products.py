@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..capture.multihead_attention import is_attention
 from ..capture.parent_reads import reader_of
@@ -56,7 +57,9 @@ def candidates_of(modules: Mapping[str, nn.Module]) -> dict[str, Candidate]:
             if parameter is not None and (parameter.dim() in DIMS or is_experts(module, attribute)):
                 name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
                 table = isinstance(module, nn.Embedding)
-                found[name] = Candidate(name, path, attribute, linear=not table, loose=table)
+                linear = not table and (parameter.dim() == 2 or is_experts(module, attribute))
+                loose = not linear and not isinstance(module, _ConvNd)
+                found[name] = Candidate(name, path, attribute, linear=linear, loose=loose)
     return found
 
 
@@ -163,6 +166,10 @@ def sites_of(
         raise TargetError(
             f"{candidate.name!r} stacks the weights of experts, and its parts lie apart there ({cut}): an adapter on "
             "them would not be one block of rows. Adapt the whole weight"
+        )
+    if cut is not None and linear.product.undivided:
+        raise TargetError(
+            f"{candidate.name!r} cannot be taken apart ({cut}): {linear.product.undivided}; adapt all of it"
         )
     return [
         Site(

@@ -125,7 +125,6 @@ class Odd(nn.Module):
         ({"targets": "quary"}, "'query'"),
         ({"targets": ["query", "valu"]}, "target 'valu' matches nothing"),
         ({"targets": "norm"}, "'norm' is a LayerNorm"),
-        ({"targets": "conv"}, "'conv' is a Conv2d"),
         ({"targets": "t*e"}, "'table' alone, which may hold anything"),
         ({"targets": "attention.out_proj"}, "silently skipped"),
         ({"targets": "query", "exclude": "query"}, "taken out again"),

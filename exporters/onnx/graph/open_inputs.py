@@ -73,7 +73,7 @@ def _forget_sizes(graph: Any, site: str, legs: Mapping[str, Any], ids: Any) -> N
         if node.op_type == "Gather" and ids is not None:
             node.replace_input_with(1, ids)
         if node.op_type == "Reshape":
-            _merge_two(graph, node, right=leg == last_leg)
+            _free_reshape(graph, node, right=leg == last_leg)
     for node, leg in between.items():
         if node in products:
             continue
@@ -97,14 +97,18 @@ def _down(node: Any) -> Any:
     return node if node.op_type in ("MatMul", "Gemm") else None
 
 
-def _merge_two(graph: Any, node: Any, right: bool) -> None:
-    """Make a reshape that joins two dimensions say so without numbers: the last two, or the two before the last of a
-    right factor."""
+def _free_reshape(graph: Any, node: Any, right: bool) -> None:
+    """Make a reshape forget a leg's size: one that joins two dimensions (the last two, or the two before the last of a
+    right factor), or one that makes kernels of a factor, the first dimension being the leg's."""
     import onnx_ir as ir
 
     before, after = node.inputs[0].shape, node.outputs[0].shape
-    assert before is not None and after is not None and len(after) == len(before) - 1, node
-    sizes = [0] * (len(after) - 2) + [-1, int(after[-1])] if right else [0] * (len(after) - 1) + [-1]
+    assert before is not None and after is not None, node
+    if len(after) > len(before):
+        sizes = [-1, *(int(size) for size in after[1:])]
+    else:
+        assert len(after) == len(before) - 1, node
+        sizes = [0] * (len(after) - 2) + [-1, int(after[-1])] if right else [0] * (len(after) - 1) + [-1]
     name = free_name(f"{node.name}.shape", graph.initializers)  # a layer may be called twice
     shape = ir.Value(name=name, const_value=ir.tensor(np.array(sizes, dtype=np.int64)))
     shape.dtype, shape.shape = ir.DataType.INT64, ir.Shape([len(sizes)])
