@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...rewriter.base_names import base_modules
 from ...rewriter.errors import CheckpointError, listing
-from ...rewriter.modules.save_hook import SAVE, is_adapter_key, register_writers
+from ...rewriter.modules.save_hook import LOADED, SAVE, is_adapter_key, register_writers
 from ...rewriter.modules.shards import full, is_sharded, on_first
 from ...rewriter.state import state_of
 from ...rewriter.tensors import live_state
@@ -155,7 +155,7 @@ def _is_transformers(module: nn.Module) -> bool:
 def _without_quantiser(root: nn.Module) -> nn.Module:
     """The same model to transformers' own method: a quantiser would write the base, or refuse to."""
     view = object.__new__(type(root))  # FSDP2's classes build another model in theirs
-    view.__dict__ = {k: v for k, v in root.__dict__.items() if k not in (SAVE, "hf_quantizer")}
+    view.__dict__ = {k: v for k, v in root.__dict__.items() if k not in (SAVE, LOADED, "hf_quantizer")}
     return view
 
 

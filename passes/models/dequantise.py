@@ -17,12 +17,13 @@ from ...rewriter.base_names import base_modules
 from ...rewriter.capture.skeleton import copy_skeleton
 from ...rewriter.errors import MergeError
 from ...rewriter.grafted_class import BASE, renew_class
+from ...rewriter.modules.save_hook import LOADED
 from ...rewriter.modules.wrappers import M, unwrap
 from ...rewriter.quantised.quantised import quantised
 
 #: what transformers leaves on a model that it has quantised
 _MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_4bit_serializable",
-          "is_8bit_serializable", "quantization_method")  # fmt: skip
+          "is_8bit_serializable", "quantization_method", LOADED)  # fmt: skip
 
 
 @torch.inference_mode(False)

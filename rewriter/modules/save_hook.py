@@ -17,6 +17,8 @@ from ..base_names import base_modules
 from ..errors import AdapterError, listing
 
 SAVE = "save_pretrained"
+#: with it transformers' `Trainer` takes a quantised model: it has something to train
+LOADED = "_hf_peft_config_loaded"
 Writer = Callable[..., Any]
 _writers: dict[str, Writer] = {}
 
@@ -36,6 +38,8 @@ def take_over_saving(root: nn.Module) -> None:
     if not isinstance(root, fx.GraphModule):  # a copy of one would call its hooks on the original
         _forget_hook(root)
         root.register_load_state_dict_pre_hook(_check_loaded)
+    if getattr(root, "is_quantized", False) and hasattr(type(root), LOADED):
+        root.__dict__[LOADED] = True
     for path, module in base_modules(root):
         if not callable(getattr(type(module), SAVE, None)):
             continue
@@ -46,6 +50,7 @@ def take_over_saving(root: nn.Module) -> None:
 def release_saving(root: nn.Module) -> None:
     """Give every module its own `save_pretrained` back, and the root its own loading."""
     _forget_hook(root)
+    root.__dict__.pop(LOADED, None)
     for _, module in base_modules(root):
         module.__dict__.pop(SAVE, None)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import AdapterError, MergeError
@@ -34,6 +35,20 @@ def _own(state: Any) -> Any:
     if getattr(twin, "state2", None) is not None:
         twin.state2 = copy.copy(twin.state2)
     return twin
+
+
+def _would_pack(module: Any, x: Tensor) -> bool:
+    """Whether the forward of a `Linear4bit` on a CPU packs its weight anew."""
+    packs = getattr(module, "support_avx512bf16_for_cpu", False) and not module.training
+    return packs and not x.requires_grad and not _packed(module.weight.quant_state)
+
+
+def _as_in_training(module: Any, x: Tensor) -> Tensor:
+    """The product of a `Linear4bit` with its weight as it is."""
+    dtype = x.dtype if module.compute_dtype is None else module.compute_dtype
+    weight = _functional().dequantize_4bit(module.weight, module.weight.quant_state).to(dtype)
+    bias = None if module.bias is None else module.bias.to(dtype)
+    return F.linear(x.to(dtype), weight, bias).to(x.dtype)
 
 
 class FourBit(Quantised):
@@ -96,8 +111,11 @@ class FourBit(Quantised):
             memo[id(kept)] = kept
 
     def product(self, module: Any, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-        if args[0].device.type == "cpu":
-            self._for_this_call(module, args[0])
+        x = args[0]
+        if x.device.type == "cpu":
+            if torch.compiler.is_compiling() and _would_pack(module, x):
+                return _as_in_training(module, x)  # no graph can pack
+            self._for_this_call(module, x)
         return forward(module, *args)
 
     def _for_this_call(self, module: Any, x: Tensor) -> None:
@@ -108,11 +126,7 @@ class FourBit(Quantised):
             if _packed(state):
                 weight.data, weight.quant_state = self._unpacked(module)
                 module.__dict__.pop(_KEPT, None)
-        elif (
-            not (_packed(state) or x.requires_grad)
-            and getattr(module, "support_avx512bf16_for_cpu", False)
-            and not torch.compiler.is_compiling()
-        ):
+        elif _would_pack(module, x):
             module.__dict__[_KEPT] = (weight.data, _own(state))
 
     def put(self, module: Any, weight: Tensor) -> None:
