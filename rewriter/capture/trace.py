@@ -126,6 +126,16 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
+def _replaced(module: nn.Module) -> str:
+    """Who may have replaced a forward, and what to do."""
+    if getattr(module.__dict__["forward"], "__qualname__", "").endswith(".tp_forward"):
+        return (
+            "by transformers' tp_plan; load the model without it and give it to parallelize_module of "
+            "torch.distributed.tensor.parallel"
+        )
+    return "an offloading hook? Remove it"
+
+
 def trace(module: nn.Module) -> Trace:
     """Trace a module's own forward with its submodules as leaves. The module is not touched.
 
@@ -137,8 +147,7 @@ def trace(module: nn.Module) -> Trace:
         return Trace(module.graph, (type(module), module.code))
     if "forward" in module.__dict__:
         raise CaptureError(
-            f"{type(module).__name__} has its forward replaced on the instance (an offloading hook?); "
-            "remove the hook before rewriting"
+            f"{type(module).__name__} has its forward replaced on the instance ({_replaced(module)} before rewriting)"
         )
     if (kind := quantised(module)) is not None:
         bias = getattr(module, "bias", None) is not None

@@ -153,3 +153,11 @@ def test_two_processes(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(one_process, (port, str(tmp_path), list(methods.FIXED)), nprocs=2)
+
+
+def test_a_plan_of_transformers_is_refused_with_what_to_do():
+    parallel_styles = pytest.importorskip("transformers.integrations.tensor_parallel")
+    model = nn.Sequential(nn.Linear(4, 4))
+    parallel_styles.ColwiseParallel().install_forward(model[0], None)
+    with pytest.raises(fg.FxgraftError, match=r"'0' cannot.*transformers' tp_plan.*parallelize_module"):
+        fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), ["0"]))
