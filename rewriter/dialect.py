@@ -142,6 +142,20 @@ def halves_of(target: Any) -> Halves | None:
     return _split.get(target) or traits_of(target).halves
 
 
+_chains: set[Any] = set()
+
+
+def chain(function: Function) -> Function:
+    """Declare that the decorated function, which a method emits, multiplies its input by its tensors `(..., in, q)` one
+    after the other."""
+    _chains.add(function)
+    return function
+
+
+def is_chain(target: Any) -> bool:
+    return target in _chains
+
+
 def reads(*, fresh: bool = False, factor: bool = False) -> Callable[[Function], Function]:
     """Declare that the decorated function, which passes put into graphs, only reads; flags as in `Traits`."""
 

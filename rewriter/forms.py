@@ -163,7 +163,8 @@ class Form(Method, key=""):
             if name == cls.right():
                 wide = torch.promote_types(terms[0].dtype, torch.float32)
                 terms = [(t.to(wide) * w).to(t.dtype) for t, (_, w) in zip(terms, parts, strict=True)]
-            made[name] = torch.cat(terms, cls().layout(name).index(RANK)) if len(terms) > 1 else terms[0]
+            layout = cls().layout(name)  # counted from the end: experts have a dimension before it
+            made[name] = torch.cat(terms, layout.index(RANK) - len(layout)) if len(terms) > 1 else terms[0]
         return made
 
     # -- as a method -------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from ...rewriter.errors import CheckpointError, MergeError, SpecError, listing
 from ...rewriter.method import Decl, Declaration, Method, Tensors, method_from_dict
 from ...rewriter.modules.wrappers import unwrap
 from ...rewriter.products.linear import LINEAR
+from ...rewriter.products.stacked_experts import Experts
+from ...rewriter.products.stacked_matrices import declare, derive
 from ...rewriter.sites import Site
 from ...rewriter.state import record_of
 from ...rewriter.tensors import adapter_modules, trained_modules
@@ -34,13 +36,15 @@ FORMAT = 1
 _KEEP = 4
 # Derived numbers that are never too many, and those that always are.
 _FREE, _MOST = 1 << 24, 1 << 29
+_EXPERTS = 1 << 16  # more than any layer has
 
 
 def describe(adapted: torch.nn.Module, name: str) -> dict[str, Any]:
     """What turns the tensors of `own_tensors` into factors again, ready for JSON.
 
     `groups`: for each method config, the config, the prefix of its shared tensors, and its sites in order with
-    `[out, in, dtype of the factors]`. `trained`: the keys that are the graph's inputs as they are.
+    `[out, in, dtype of the factors]`, and how many experts' matrices where it stacks them. `trained`: the keys that
+    are the graph's inputs as they are.
     """
     root = unwrap(adapted)
     record = record_of(root, name)
@@ -50,7 +54,7 @@ def describe(adapted: torch.nn.Module, name: str) -> dict[str, Any]:
         {
             "method": group.method.to_dict(),
             "shared": shared.get(group.method, ""),
-            "sites": {s.name: [s.out_features, s.in_features, dtypes[s.name]] for s in group.sites},
+            "sites": {s.name: [*_size(s), dtypes[s.name], *([s.experts] if s.experts else [])] for s in group.sites},
         }
         for group in record.groups
     ]
@@ -155,14 +159,14 @@ class _Prepared:
     """One method on some sites: the declared tensors, and the values of those that follow from the config alone."""
 
     def __init__(self, method: Method, sites: tuple[Site, ...]) -> None:
-        self.declaration: Declaration = method.declare(sites)
+        self.declaration: Declaration = declare(method, sites)
         places = (self.declaration.shared, *self.declaration.local)
         derived = sum(math.prod(d.shape) for decls in places for d in decls.values() if d.role == "derived")
-        weights = sum(site.in_features * site.out_features for site in sites)
+        weights = sum(max(site.experts, 1) * site.in_features * site.out_features for site in sites)
         if derived > min(max(_FREE, 4 * weights), _MOST):  # sizes are only claimed, by the text of a file
             raise ValueError(f"it would derive {derived} numbers for layers of {weights} weights in all")
         self.shared, self.local = _empty(self.declaration.shared), [_empty(one) for one in self.declaration.local]
-        method.derive(sites, self.shared, self.local)
+        derive(method, sites, self.shared, self.local)
 
     def fill(self, decls: Mapping[str, Decl], prefix: str, derived: Tensors, left: dict[str, Tensor], what: str) -> Any:
         """All tensors of one place: derived ones, and those of the file, which are taken out of `left`."""
@@ -191,13 +195,20 @@ def _take(left: dict[str, Tensor], key: str, what: str) -> Tensor:
     return left.pop(key)
 
 
-def _site(name: str, out_features: int, in_features: int, dtype: str) -> Site:
+def _size(site: Site) -> tuple[int, int]:
+    return site.out_features, site.in_features
+
+
+def _site(name: str, out_features: int, in_features: int, dtype: str, experts: int = 0) -> Site:
     """A site without a model: what a declaration reads of one is its sizes and its dtype."""
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"site {name!r} has the unknown dtype {dtype!r}")
     if [type(size) for size in (out_features, in_features)] != [int, int] or min(out_features, in_features) < 1:
         raise ValueError(f"site {name!r} is {out_features!r} x {in_features!r}")
+    if type(experts) is not int or not 0 <= experts <= _EXPERTS:
+        raise ValueError(f"site {name!r} has {experts!r} experts")
+    product = Experts(experts=experts) if experts else LINEAR
     return Site(
-        name, name, "weight", None, in_features, out_features, LINEAR, 0, None, kind, torch.device("cpu"), "linear"
+        name, name, "weight", None, in_features, out_features, product, 0, None, kind, torch.device("cpu"), "linear"
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...rewriter.dialect import Halves, cast, operator, splits
+from ...rewriter.dialect import Halves, cast, chain, operator, splits
 from ...rewriter.forms import Axes, Form
 from ...rewriter.method import Method, Tensors
 from .by_sample import chosen, no_delta, per_sample
@@ -37,6 +37,7 @@ def _given_up(z: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 @splits(Halves(_given_down, _given_up))
+@chain
 def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """`(x A) B`: A `(..., in, r)`, B `(..., r, out)`."""
     return torch.matmul(torch.matmul(x, A), B)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..dialect import cast, eager_form, halves_of
+from ..dialect import cast, eager_form, is_chain, traits_of
 from ..emitter import Emitter, add_delta
 from ..errors import SpecError
 from ..method import Method
@@ -48,6 +48,17 @@ def product(x: Tensor, factor: Tensor, where: Where) -> Tensor:
     return torch.bmm(x, factor.transpose(1, 2))
 
 
+def times(x: Tensor, factor: Tensor, where: Where) -> Tensor:
+    """`product` with a factor `(E, in, q)`."""
+    factor = cast(factor, x)
+    if where[0] == "grouped":
+        size = factor.shape[2]
+        factor = F.pad(factor, (0, -size % _ALIGNED, 0, -factor.shape[1] % _ALIGNED))
+        x = F.pad(x, (0, factor.shape[1] - x.shape[1]))
+        return where[1](x, factor, where[2]).narrow(1, 0, size)  # type: ignore[no-any-return]
+    return torch.bmm(x, factor.index_select(0, where[1]) if where[0] == "rows" else factor)
+
+
 def aligned(down: Tensor, where: Where) -> Tensor:
     """A half with its `q` rows padded to what a grouped kernel takes."""
     return F.pad(down, (0, 0, 0, -down.shape[1] % _ALIGNED)) if where[0] == "grouped" else down
@@ -64,7 +75,13 @@ def over_experts(function: Callable[..., Tensor], stacked: tuple[bool, ...]) -> 
     mapped = torch.vmap(function, in_dims=tuple(0 if own else None for own in stacked))
 
     def halves(*args: Any) -> Tensor:
-        return mapped(*args)
+        if not torch.compiler.is_exporting():
+            return mapped(*args)
+        # torch.export cannot follow vmap: expert by expert
+        count = next(value.shape[0] for value, own in zip(args, stacked, strict=True) if own)
+        return torch.stack(
+            [function(*(v[e] if own else v for v, own in zip(args, stacked, strict=True))) for e in range(count)]
+        )
 
     halves.__name__ = f"{function.__name__}_over_experts"
     return halves
@@ -106,9 +123,14 @@ class ExpertEmitter(Emitter):
     bias = weight  # type: ignore[assignment]
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        halves = halves_of(target)
+        halves = traits_of(target).halves
         if self._where is None or target in _ROW_WISE:
             return super().call(target, *args, **kwargs)
+        if is_chain(target):
+            x, *tensors = args
+            for tensor in tensors:
+                x = super().call(times, x, tensor, self._where)
+            return x
         if halves is None or halves.across is None or halves.inputs != 1 or kwargs:
             name = getattr(target, "__name__", str(target))
             raise _refusal(self.site, f"its {name} is no product of two factors, which grouped experts need")

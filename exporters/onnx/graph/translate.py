@@ -44,8 +44,21 @@ def trace(call: FlatCall, dims: Mapping[str, Any]) -> torch.export.ExportedProgr
         said = _brief(error)
         for name, place in call.names.items():
             said = re.sub(rf"\b{place}\b", name, said)
-        raise ExportError(f"torch.export cannot trace the model: {said}") from error
+        raise ExportError(f"torch.export cannot trace the model: {said}{_of_experts(call.module)}") from error
+    if way := _of_experts(call.module):
+        experts = next((n.name for n in program.graph.nodes if "grouped_mm" in str(n.target)), None)
+        if experts is not None:
+            raise ExportError(f"ONNX has no product like {experts!r} of the traced model{way}")
     return program
+
+
+def _of_experts(model: torch.nn.Module) -> str:
+    """What to do where transformers' experts run in a way that no ONNX graph can hold; empty elsewhere."""
+    configs = [getattr(m, "config", None) for m in model.modules() if hasattr(m, "is_transposed")]
+    asked = {str(getattr(config, "_experts_implementation", None)) for config in configs} - {"None", "batched_mm"}
+    if not asked:
+        return ""
+    return f". Its experts run by {sorted(asked)[0]!r}: call model.set_experts_implementation('batched_mm') first"
 
 
 def fixed_axes(fixed: Sequence[tuple[str, int, str, int]], strict: bool) -> tuple[str, ...]:

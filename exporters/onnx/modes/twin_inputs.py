@@ -45,8 +45,10 @@ def legs_of(twin: Twin) -> dict[str, dict[str, open_inputs.Opened]]:
     for site, (form, tensors) in twin.sites.items():
         symbols = {axis: symbol(site, axis) for axis in form.open_axes}
         for leg, tensor in tensors.items():
-            sizes = zip(form.layout(leg), tensor.shape, strict=True)
-            shape = tuple(symbols.get(axis, size) for axis, size in sizes)
+            axes = form.layout(leg)
+            before = tensor.dim() - len(axes)  # of experts, which a graph has as many of as its model
+            sizes = zip(axes, tensor.shape[before:], strict=True)
+            shape = (*tensor.shape[:before], *(symbols.get(axis, size) for axis, size in sizes))
             default = tensor if form.slots else tensor.new_zeros([0 if isinstance(n, str) else n for n in shape])
             sites.setdefault(site, {})[leg] = open_inputs.Opened(twin.keys[site][leg], shape, default)
     return sites
