@@ -69,9 +69,12 @@ def export_onnx(
     opset           ONNX opset, 18 to 25; None is the exporter's default.
     name            which adapter; None is the active one ("merged": all active ones).
     cache           of a causal language model: the graph takes the keys and values of the tokens so far and gives them
-                    with the new ones added, for generation (`OrtSession.generate`). The example needs `input_ids`
-                    alone; inputs and outputs are those of `cached` in `exporters.onnx.cache.cached_decoder`, an
-                    `attention_mask` among them.
+                    with the new ones added, for generation (`OrtSession.generate`). A sliding window keeps its last
+                    tokens; a recurrence keeps its states, and takes one token at a time; an encoder-decoder has both
+                    halves in the graph (`exporters.onnx.cache.cached_seq2seq`). A cache that is in the modules, or
+                    keeps what its values say, is refused. The example needs `input_ids` (or the features that an
+                    encoder takes) alone; inputs and outputs are those of `exporters.onnx.cache.cached_decoder.cached`,
+                    an `attention_mask` among them.
     expanded        "swappable": False makes the method's own tensors the inputs, under the names of their checkpoint
                     (Uni-LoRA: the one vector `theta`), all zero by default, and the graph does the method's arithmetic
                     at every run. Only adapters of the same config fit, written with

@@ -17,7 +17,8 @@ from ...rewriter.capture.skeleton import bare
 from ...rewriter.errors import ExportError, ParityError, VerifyError, listing, path_of
 from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles.adapter_inputs import right_factors
-from .cache.cached_decoder import CachePlan, cached
+from .cache.cache_plan import CachePlan
+from .cache.cached_decoder import cached
 from .checks.checks import compare, differs, probe, random_adapter
 from .checks.ort_graph import CheckGraph, Inputs
 from .checks.record import Record, read_description

@@ -16,12 +16,13 @@ from ...rewriter.method import ADAPTER_IDS
 from ..adapterfiles.export_adapter import export_ort_adapter
 from ..adapterfiles.fit import one_slot
 from ..adapterfiles.ort_values import Device, to_array, to_ort
+from ..onnx.cache.cache_plan import CachePlan
 from ..onnx.checks.ort_graph import OrtGraph
 from ..onnx.verify import verify as repeat_checks
 from .active import active_values
 from .adapter_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
 from .feeds import Array, check_ids, check_inputs
-from .generate import check_prompt, greedy
+from .generate import check_prompt, check_source, greedy, greedy_from, source_sizes
 from .providers import Provider, device_of, start
 from .read_adapters import AdapterReader
 from .session_bank import Bank, room
@@ -248,6 +249,7 @@ class OrtSession:
         input_ids: Any,
         attention_mask: Any = None,
         *,
+        decoder_input_ids: Any = None,
         max_new_tokens: int = 64,
         adapter: str | Sequence[str] | Mapping[str, float] | None = None,
         adapter_ids: Sequence[str | int | None] | np.ndarray | None = None,
@@ -257,25 +259,39 @@ class OrtSession:
         """Continue prompts with the most likely token, as `model.generate(do_sample=False)` does.
 
         input_ids       (batch, sequence) token ids, shorter prompts padded on the left; `attention_mask` has zeros
-                        there.
+                        there. Of an encoder-decoder the source, padded on either side, or its features.
+        decoder_input_ids  what an encoder-decoder has said already, (batch, sequence); None is its first token.
         max_new_tokens  how many tokens to add at most.
         adapter         as for `run`, for the whole generation: an adapter replaced meanwhile is used to the end.
         adapter_ids     as for `run`, of a graph with a bank.
         eos_token_id    a row ends with any of these and is filled with `pad_token_id` (None: the first of them).
 
         Needs a graph of `export_onnx(cache=True)`. The cache stays on the session's device from one token to the next.
-        Returns the prompts and what follows them, (batch, sequence + new) int64.
+        Returns the prompts (of an encoder-decoder what it has said) and what follows them, (batch, sequence + new)
+        int64.
         """
-        ids, mask = check_prompt(input_ids, attention_mask, max_new_tokens, self.inputs)
+        told = CachePlan.told((self.manifest or {}).get("cache", 0))
+        if told.cross:
+            source, ids = check_source(told, input_ids, attention_mask, decoder_input_ids, max_new_tokens, self.inputs)
+        elif decoder_input_ids is not None:
+            raise SessionError("decoder_input_ids is for an encoder-decoder; give the whole prompt as input_ids")
+        else:
+            source, (ids, mask) = {}, check_prompt(input_ids, attention_mask, max_new_tokens, self.inputs)
         ends = [] if eos_token_id is None else list(np.atleast_1d(eos_token_id))
         pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
-        with self._chosen({"input_ids": ids}, adapter, adapter_ids) as (slots, values):
+        with self._chosen(source or {"input_ids": ids}, adapter, adapter_ids) as (slots, values):
 
-            def step(inputs: Mapping[str, Array], cache: Mapping[str, Any], kept: Sequence[str]) -> Any:
+            def step(inputs: Mapping[str, Array], cache: Mapping[str, Any], kept: Sequence[str], said: bool) -> Any:
                 given = {name: to_ort(array, self.device) for name, array in {**inputs, **slots}.items()}
-                logits, *rest = self._call({**given, **cache}, values, ["logits"], kept)
-                return to_array(logits), dict(zip(kept, rest, strict=True))
+                wanted = ["logits"] if said else []
+                results = self._call({**given, **cache}, values, wanted, kept)
+                logits = to_array(results[0]) if said else None
+                return logits, dict(zip(kept, results[len(wanted) :], strict=True))
 
+            if source:
+                held = {name: to_ort(array, self.device) for name, array in source.items()}
+                sizes = source_sizes(told, source)
+                return greedy_from(held, sizes, step, self.inputs, self.device, ids, max_new_tokens, ends, pad)
             return greedy(step, self.inputs, self.device, ids, mask, max_new_tokens, ends, pad)
 
     @contextmanager

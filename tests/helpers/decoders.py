@@ -90,7 +90,7 @@ FAMILIES: dict[str, Family] = {
                                 block_types=["recurrent", "attention"]),
     "t5": Family("T5", T5, ("q", "v")),
     "mt5": Family("MT5", {**T5, "feed_forward_proj": "gated-gelu"}, ("q", "v")),
-    "bart": Family("Bart", SEQ2SEQ),
+    "bart": Family("Bart", {**SEQ2SEQ, "init_std": 0.6}, ("q_proj", "v_proj", "fc1", "fc2")),
     "mbart": Family("MBart", SEQ2SEQ),
     "marian": Family("Marian", SEQ2SEQ),
     "pegasus": Family("Pegasus", SEQ2SEQ),
@@ -121,11 +121,6 @@ def build(name: str, **changed: Any) -> nn.Module:
     return model
 
 
-def encodes(name: str) -> bool:
-    """Whether a family is an encoder-decoder."""
-    return FAMILIES[name].kind in _CLASSES and name != "gpt2"
-
-
 def source(name: str, batch: int = 2, length: int = 9, seed: int = 1) -> dict[str, torch.Tensor]:
     """A prompt, padded on the left in its last row; of an encoder-decoder what the encoder reads."""
     generator = torch.Generator().manual_seed(seed)
@@ -142,4 +137,7 @@ def by_torch(model: nn.Module, given: dict[str, torch.Tensor], new: int) -> torc
     model.generation_config.eos_token_id = None
     model.generation_config.forced_eos_token_id = None
     with torch.no_grad():
-        return model.generate(**given, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        made = model.generate(**given, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    if "input_features" in given:  # Whisper's leaves the first token out
+        made = torch.cat([torch.full_like(made[:, :1], model.config.decoder_start_token_id), made], dim=1)
+    return made

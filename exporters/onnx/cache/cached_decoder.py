@@ -10,85 +10,18 @@ model with a recurrence takes its prompt token by token too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from ....backends.artifact.signature import Axes
 from ....rewriter.calls.forward_inputs import NAMES, OWN_CLASS, release_inputs, take_inputs
 from ....rewriter.capture.skeleton import copy_skeleton
-from .cache_layers import PAST, PRESENT, SEQUENCE, TOKENS, CacheLayer
+from .cache_layers import PAST, PRESENT
+from .cache_plan import IDS, MASK, POSITIONS, CachePlan
+from .cached_seq2seq import seq2seq_class
 
-IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 #: What a model calls its cache.
 CACHES = ("past_key_values", "cache_params")
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """What the cache of a model is, layer by layer, as a graph's manifest tells it."""
-
-    layers: tuple[CacheLayer, ...]
-
-    @classmethod
-    def told(cls, cache: Any) -> CachePlan:
-        """Of a manifest; older ones have the number of layers that grow."""
-        if isinstance(cache, int):
-            return cls(tuple(CacheLayer() for _ in range(cache)))
-        return cls(tuple(CacheLayer.told(layer) for layer in cache["layers"]))
-
-    def told_as(self) -> Any:
-        if all(layer == CacheLayer() for layer in self.layers):
-            return len(self.layers)
-        return {"layers": [layer.told_as() for layer in self.layers]}
-
-    @property
-    def stepwise(self) -> bool:
-        """Whether tokens come one at a time: a recurrence loops over them, a graph cannot."""
-        return any(layer.states for layer in self.layers)
-
-    @property
-    def window(self) -> int:
-        return max((layer.window for layer in self.layers), default=0)
-
-    @property
-    def total(self) -> str:
-        """The size of the mask."""
-        return f"{TOKENS} + {1 if self.stepwise else SEQUENCE}"
-
-    @property
-    def inputs(self) -> Axes:
-        """The tensors of the cache before a call, by name, with their dynamic axes."""
-        return self._named(PAST, TOKENS)
-
-    @property
-    def outputs(self) -> Axes:
-        return self._named(PRESENT, self.total)
-
-    def _named(self, side: str, tokens: str) -> Axes:
-        axes: Axes = {}
-        for i, layer in enumerate(self.layers):
-            axes |= {f"{side}{name}": named for name, named in layer.axes(i, tokens).items()}
-        return axes
-
-    def filled(self, given: Mapping[str, torch.Tensor], past: int) -> Any:
-        """A cache of transformers with these tensors, by their names as inputs, after `past` tokens."""
-        from transformers import DynamicCache
-
-        named = {name.removeprefix(PAST): tensor for name, tensor in given.items() if name.startswith(PAST)}
-        cache = DynamicCache()
-        cache.layers.extend(layer.filled(i, named, past) for i, layer in enumerate(self.layers))
-        return cache
-
-    def held(self, cache: Any, side: str) -> dict[str, torch.Tensor]:
-        """The tensors of a filled cache, named as inputs or outputs."""
-        found: dict[str, torch.Tensor] = {}
-        for i, (layer, held) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            found |= {f"{side}{name}": tensor for name, tensor in layer.tensors(held, i).items()}
-        return found
 
 
 def cached(model: nn.Module, plan: CachePlan) -> nn.Module:
@@ -97,13 +30,13 @@ def cached(model: nn.Module, plan: CachePlan) -> nn.Module:
     forward(input_ids (batch, sequence), attention_mask (batch, past + sequence), past_key_<i>, past_value_<i> (batch,
     heads, past, width)) gives {"logits": (batch, sequence, vocabulary), "present_key_<i>", "present_value_<i>": (batch,
     heads, past + sequence, width)}; `cache_layers` says what other layers have. Positions are counted along the mask,
-    so rows may be padded on the left.
+    so rows may be padded on the left. Of an encoder-decoder see `cached_seq2seq`.
     """
     twin = copy_skeleton(model).train(model.training)
     names = twin.__dict__.get(NAMES, ())
     if OWN_CLASS in twin.__dict__:  # a bank's forward takes adapter_ids; it goes around the new one
         release_inputs(twin)
-    twin.__class__ = _class(type(twin), plan)
+    twin.__class__ = (seq2seq_class if plan.cross else _class)(type(twin), plan)
     take_inputs(twin, names)
     return twin
 

@@ -14,7 +14,9 @@ from ....backends.artifact.parity import tolerance_of
 from ....backends.artifact.signature import Axes
 from ....rewriter.errors import ExportError
 from .cache_layers import BATCH, KINDS, PAST, PRESENT, SEQUENCE, CacheLayer
-from .cached_decoder import IDS, MASK, POSITIONS, CachePlan, cache_name, cached, counted
+from .cache_plan import IDS, MASK, POSITIONS, CachePlan
+from .cached_decoder import cache_name, cached, counted
+from .seq2seq_example import seq2seq_example
 
 _ALIKE = 1e-3  # of the largest logit: sums in another order, and no other step
 
@@ -30,7 +32,8 @@ class CachedExample:
 
     @property
     def outputs(self) -> Axes:
-        return self.plan.outputs
+        """Those that a trace does not tell."""
+        return self.plan.outputs if self.plan.window else {}
 
     @property
     def ones(self) -> tuple[str, ...]:
@@ -46,6 +49,8 @@ def cached_example(model: nn.Module, example_inputs: Any) -> CachedExample:
     model's cache is of tensors that no graph can hold, and where generating with it gives other logits than the whole
     text at once.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return _of_seq2seq(model, example_inputs)
     given = example_inputs if isinstance(example_inputs, Mapping) else dict(zip((IDS, MASK), example_inputs))  # noqa: B905
     unknown = [name for name in given if name not in (IDS, MASK)]
     ids = given.get(IDS)
@@ -59,10 +64,6 @@ def cached_example(model: nn.Module, example_inputs: Any) -> CachedExample:
         raise ExportError(
             f"cache=True needs an example of at least 2 rows of 4 tokens, half of them for the cache; {IDS!r} is "
             f"{ids.shape[0]} x {ids.shape[1]}"
-        )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ExportError(
-            f"cache=True is for decoders; {type(model).__name__} is an encoder-decoder, which exports without a cache"
         )
     half = ids.shape[1] // 2
     past = _filled_by(model, ids[:, :half])
@@ -80,6 +81,14 @@ def cached_example(model: nn.Module, example_inputs: Any) -> CachedExample:
     module = cached(model, plan)
     _hold(model, module, plan, ids, inputs)
     return CachedExample(module, plan, inputs, axes)
+
+
+def _of_seq2seq(model: nn.Module, example_inputs: Any) -> CachedExample:
+    half = seq2seq_example(model, example_inputs)
+    module = cached(model, half.plan)
+    if tolerance_of(model) <= _ALIKE:
+        half.hold(model, module, _ALIKE)
+    return CachedExample(module, half.plan, half.inputs, half.axes)
 
 
 def _filled_by(model: nn.Module, ids: torch.Tensor) -> Any:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import decoders
 import numpy as np
+import onnx
 import onnx_models as models
 import pytest
 import torch
 
 import fxgraft as fg
 from fxgraft.backends.artifact.signature import add_up, with_parts
-from fxgraft.exporters.onnx.cache.cached_decoder import CachePlan
+from fxgraft.exporters.onnx.cache.cache_plan import CachePlan
 from fxgraft.exporters.onnx.cache.cached_example import cached_example
+from fxgraft.rewriter.errors import SessionError
 
 NEW = 24
 CHEAP = {"gemma3", "jamba"}
 #: Their state lies in their modules, and generate() itself goes by it.
-REFUSED = {"recurrent_gemma", *(name for name in decoders.FAMILIES if decoders.encodes(name))}
+REFUSED = {"recurrent_gemma"}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,51 @@ def test_sizes_that_say_what_they_are():
         "past + 1": 8,
         "min(past + 1, 4)": 4,
     }
+
+
+def test_both_halves_of_an_encoder_decoder_are_in_one_graph(tmp_path):
+    base = decoders.build("t5", num_layers=1)
+    given = decoders.source("t5")
+    export = fg.export_onnx(base, tmp_path / "m.onnx", {"input_ids": given["input_ids"]}, cache=True)
+    assert export.inputs["past_cross_key_0"] == ("batch", 4, "source", 8)
+    assert export.outputs["present_cross_value_0"] == ("batch", 4, "source", 8)
+    assert export.inputs["decoder_input_ids"] == ("batch", "sequence") and next(iter(export.outputs)) == "logits"
+    session = fg.OrtSession(export.path, threads=1)
+    want = decoders.by_torch(base, given, 8)
+    np.testing.assert_array_equal(session.generate(*given.values(), max_new_tokens=8), want)
+    begun = want[:, :3]  # goes on from what is said already
+    more = session.generate(*given.values(), decoder_input_ids=begun, max_new_tokens=6)
+    np.testing.assert_array_equal(more, want)
+    # Nothing that a step gives comes from the encoder: its values may be anything, and the halves can be cut apart.
+    graph = onnx.load(export.path).graph
+    made = {output: node for node in graph.node for output in node.output}
+    found, waiting = set(), [value.name for value in graph.output if "cross" not in value.name]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += made[name].input if name in made else ()
+    assert "past_cross_key_0" in found and "input_ids" not in found
+    assert fg.verify(export.path, base).parity
+    for options, said in (
+        ({"decoder_input_ids": [[1]]}, r"give whole numbers \(2, sequence\)"),
+        ({"max_new_tokens": 0}, "give a whole number from 1 up"),
+    ):
+        with pytest.raises(SessionError, match=said):
+            session.generate(*given.values(), **options)
+
+
+def test_what_an_encoder_decoder_refuses(tmp_path):
+    base = decoders.build("t5", num_layers=1)
+    ids = decoders.source("t5")["input_ids"]
+    for example, said in (
+        ({"input_ids": ids, "inputs_embeds": ids}, "'inputs_embeds' is none of them"),
+        ({"input_ids": ids[:1]}, "'input_ids' is missing or too small"),
+        ({"input_ids": ids, "decoder_input_ids": ids[:, :3]}, "and 4 tokens, half of them for the cache"),
+    ):
+        with pytest.raises(fg.ExportError, match=said):
+            fg.export_onnx(base, tmp_path / "m.onnx", example, cache=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_step_that_differs_is_refused(tmp_path):

@@ -176,13 +176,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 # -- errors --------------------------------------------------------------------------------------------------------
 def test_what_cannot_have_a_cache(tmp_path):
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    t5 = T5ForConditionalGeneration(
-        T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=100, decoder_start_token_id=0)
-    ).eval()
     cases = [
-        (t5, models.tokens(2, 8), "is an encoder-decoder, which exports without a cache"),
         (models.bert(), models.tokens(2, 8), "gives no key-value cache for the example"),
         (models.llama(), {"input_ids": torch.ones(1, 8).long()}, "at least 2 rows of 4 tokens.* is 1 x 8"),
         (models.llama(), {"input_ids": torch.ones(2, 3).long()}, "at least 2 rows of 4 tokens.* is 2 x 3"),
