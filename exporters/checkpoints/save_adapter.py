@@ -26,6 +26,7 @@ from .derived_hash import IN_METADATA, derived_hash
 from .folder_files import writable, write_folder
 from .foreign.format import OwnAdapter
 from .foreign.peft_attention import OUTPUT, PACKED, adapted_attentions, targets_of
+from .foreign.peft_convolutions import is_convolution
 from .foreign.peft_folder import BIASES
 from .foreign.peft_targets import is_embedding, is_linear, saved_names, target_names
 from .foreign.plain_keys import PREFIX
@@ -144,14 +145,16 @@ def _check_sites(record: AdapterRecord, modules: Mapping[str, nn.Module], what: 
         return tuple(s.name for s in plain)
     if others:
         raise CheckpointError(
-            f"{what}: PEFT adapts nn.Linear and Conv1D inside a model, with LoRA nn.Embedding too, and not "
-            f"{listing(s.name for s in others)}"
+            f"{what}: PEFT adapts nn.Linear and Conv1D inside a model, with LoRA nn.Embedding and nn.Conv1d to 3d too, "
+            f"and not {listing(s.name for s in others)}"
         )
     return ()
 
 
 def _wrapped(site: Site, modules: Mapping[str, nn.Module]) -> bool:
     """Whether PEFT would wrap the layer of a site."""
+    if site.form == "convolution":
+        return is_convolution(modules[site.owner])
     return is_embedding(modules[site.owner]) if site.form == "embedding" else is_linear(modules[site.owner])
 
 

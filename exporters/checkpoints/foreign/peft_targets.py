@@ -20,6 +20,7 @@ from ....rewriter.modules.wrappers import unwrap
 from ....rewriter.targeting.bounded_regex import full_match
 from ....rewriter.targeting.model_embeddings import told_embeddings
 from .peft_attention import takes_whole
+from .peft_convolutions import is_convolution
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -31,6 +32,11 @@ def is_linear(module: nn.Module) -> bool:
 def is_embedding(module: nn.Module) -> bool:
     """Whether PEFT would wrap this module as an embedding, which its LoRA alone does."""
     return issubclass(base_class(module), nn.Embedding)
+
+
+def _lora_takes(module: nn.Module) -> bool:
+    """Whether PEFT's LoRA, and none of its others, would wrap this module."""
+    return is_embedding(module) or is_convolution(module) or takes_whole(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -102,7 +108,6 @@ def target_names(config: Mapping[str, Any], model: nn.Module, what: str, parts: 
     """
     root = unwrap(model)
     modules = dict(base_modules(root))
-    tables = config.get("peft_type") == "LORA"
     targets, exclude = config.get("target_modules"), config.get("exclude_modules") or []
     layers, layers_pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     saved = names_in(config.get("modules_to_save") or [], "modules_to_save", what)
@@ -118,11 +123,9 @@ def target_names(config: Mapping[str, Any], model: nn.Module, what: str, parts: 
     if not isinstance(chosen_layers, list) or not all(type(layer) is int for layer in chosen_layers):
         raise CheckpointError(f"{what}: layers_to_transform={layers!r} in its config is not a list of layer numbers")
     found = []
-    whole = config.get("peft_type") == "LORA"  # which also takes attentions
+    lora = config.get("peft_type") == "LORA"
     layers_here = [
-        name
-        for name, module in modules.items()
-        if name and (is_linear(module) or (tables and is_embedding(module)) or (whole and takes_whole(module)))
+        name for name, module in modules.items() if name and (is_linear(module) or (lora and _lora_takes(module)))
     ]
     for name in (*layers_here, *parts):
         if _regex(exclude, name, what) if isinstance(exclude, str) else _ends(name, exclude):

@@ -16,6 +16,7 @@ from ....rewriter.errors import CheckpointError, listing
 from ..foreign.foreign_folder import ForeignAdapter, ForeignFolder
 from ..foreign.format import Format, OwnAdapter, Written
 from ..foreign.peft_attention import COUNTED_TWICE, TIMES, our_name, stored_name, stored_output, whole_attentions
+from ..foreign.peft_convolutions import is_convolution, opened, stored, stored_method
 from ..foreign.peft_folder import BIASES, check_config, check_sites, peft_sites
 from ..foreign.peft_parameters import WrappedParameter, stored_factors, take_parameters, wrapped_parameters
 from ..foreign.peft_targets import attention_outputs, pattern_value
@@ -51,8 +52,10 @@ def read(folder: ForeignFolder) -> ForeignAdapter:
     for place, given in kept.items():
         site = our_name(place, attentions)
         twice = TIMES if place in outputs else 1
-        values |= {f"{site}.A": given["lora_A"], f"{site}.B": given["lora_B"] * twice}
         methods[site] = lora_at(folder, outputs.get(place, place))  # an attention has one config for both
+        if is_convolution(layer := folder.modules.get(site)):
+            given, methods[site] = opened(layer, given, methods[site], site, what)
+        values |= {f"{site}.A": given["lora_A"], f"{site}.B": given["lora_B"] * twice}
     methods |= {site: lora_at(folder, wrapped.full) for site, wrapped in parameters.items()}
     if attentions:
         warning = "; ".join(filter(None, [warning, COUNTED_TWICE.format(listing(attentions))]))
@@ -102,7 +105,10 @@ def lora_at(folder: ForeignFolder, site: str) -> LoRA:
 
 def write(adapter: OwnAdapter) -> Written:
     attentions, wrapped = adapter.attentions, _parameters(adapter)
+    layers = dict(base_modules(adapter.root))
+    convolutions = {n: layers[n] for n in adapter.sites if is_convolution(layers.get(n))}
     methods = {stored_name(name, attentions): method for name, method in adapter.methods.items()}
+    methods |= {name: stored_method(layer, methods[name]) for name, layer in convolutions.items()}
     for path in attentions:  # one config for both, under its own name
         methods.pop(stored_output(path))
     common = Counter(methods.values()).most_common(1)[0][0]
@@ -142,6 +148,9 @@ def write(adapter: OwnAdapter) -> Written:
         if name in wrapped:
             factors = stored_factors(wrapped[name], module.tensors()["A"], module.tensors()["B"])
             tensors |= {f"{PREFIX}{key}": tensor for key, tensor in factors.items()}
+        elif name in convolutions:
+            pair = stored(convolutions[name], module.tensors()["A"], module.tensors()["B"], name, adapter.what)
+            tensors |= {f"{PREFIX}{name}.lora_{at}.weight": t for at, t in zip("AB", pair, strict=True)}
         else:
             place = stored_name(name, attentions)
             tensors |= dict(_stored(place, letter, module, TIMES if place in outputs else 1) for letter in "AB")
