@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from .errors import SpecError
 from .sites import Site
@@ -28,6 +30,22 @@ def check_positive(config: object, **values: Any) -> None:
 def check_dropout(config: object, dropout: Any) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise SpecError(f"{type(config).__name__}(dropout={dropout!r}): allowed are probabilities from 0 up to below 1")
+
+
+C = TypeVar("C", bound=Any)
+
+
+def lower_rank(config: C, out_features: int, in_features: int) -> C:
+    """The config with a rank that a site of this size can have, and the scale as it was: more would add parameters and
+    no expressiveness."""
+    rank = min(config.rank, out_features, in_features)
+    if rank == config.rank:
+        return config
+    less: dict[str, Any] = {"rank": rank}
+    if hasattr(config, "alpha"):
+        rooted = getattr(config, "rslora", False)
+        less["alpha"] = config.alpha * (math.sqrt(rank / config.rank) if rooted else rank / config.rank)
+    return replace(config, **less)  # type: ignore[no-any-return]
 
 
 def check_rank(config: object, rank: int, sites: Sequence[Site], *, strict: bool = False) -> None:

@@ -51,6 +51,7 @@ def graft_adapter(
     initialise: bool = True,
     order: Sequence[str] = (),
     check: Callable[[Plan], None] | None = None,
+    fit: bool = False,
 ) -> M:
     """`rewrite` for modules.
 
@@ -59,6 +60,8 @@ def graft_adapter(
         order: names of sites in the order they count in, where that is not the order of the model's modules: an
             exported module may list its submodules otherwise, and methods with one projection for all sites
             (Uni-LoRA) hand it out in order.
+        fit: let methods take less at sites that are too small for them. False reads the spec to the letter, as for
+            tensors that are there already.
         check: is shown what will be made before any of it is, and may raise.
     """
     if dtype is not None and not dtype.is_floating_point:
@@ -72,7 +75,7 @@ def graft_adapter(
     check_no_tuners(source)
     check_unsharded(source)
     check_initialised(source)
-    resolution = resolve(source, spec, order)
+    resolution = resolve(source, spec, order, fit)
     groups = _group(resolution, order)
     check_reachable(dict(base_modules(source)), (p for s, _ in resolution.sites for p in (s.owner, s.computed)))
     declared = declare(groups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from .adapter_tensors import AdapterTensors
 from .analysis.dataflow import tied_names
 from .emitter import PROVENANCE
 from .errors import listing
+from .method import Method
 from .modules.wrappers import unwrap
 from .program import PassResult
 from .program_verbs import over_programs
@@ -33,6 +34,7 @@ class Row:
         made_by: the pass that made it.
         tied: what it is tied to, and whether that follows.
         rows: of a part of a fused weight, which rows it is; `alias` the name that a layer of its own would have.
+        less: what a site that is too small for the config has less of, such as `rank 4 of 8`.
     """
 
     adapter: str
@@ -47,11 +49,12 @@ class Row:
     tied: str = ""
     rows: str = ""
     alias: str = ""
+    less: str = ""
 
     @property
     def about(self) -> str:
         """What is to be said of the site beside its name."""
-        return "; ".join(said for said in (self.alias, self.rows, self.tied) if said)
+        return "; ".join(said for said in (self.alias, self.rows, self.less, self.tied) if said)
 
 
 COMPILED = "_fxgraft_compiled"  # attribute of a compiled model's root: a note for each graph
@@ -171,6 +174,14 @@ def _row(adapter: str, kind: str, site: str, module: AdapterTensors, made_by: st
     )
 
 
+def _less(method: Method, asked: Method) -> str:
+    """What a method has less of than was asked for."""
+    if type(method) is not type(asked):
+        return ""
+    pairs = ((f.name, getattr(method, f.name), getattr(asked, f.name)) for f in fields(method))
+    return ", ".join(f"{n} {now} of {was}" for n, now, was in pairs if type(now) is int and now < was)
+
+
 def _told_ties(own: set[str], ties: Mapping[str, frozenset[str]], record: AdapterRecord) -> str:
     """What these base parameters are tied to."""
     others = {other for name in own for other in ties.get(name, ())} - own
@@ -193,7 +204,8 @@ def explain(model: nn.Module) -> Explanation:
             else:
                 row = _row(name, "site", prefix[:-1] or "(root)", tensors, record.created_by)
                 weight = f"{tensors.site.owner}.{tensors.site.weight}".lstrip(".")
-                rows.append(replace(row, tied=_told_ties({weight}, ties, record)))
+                less = _less(tensors.method, record.spec.method_at(tensors.site.answers))
+                rows.append(replace(row, tied=_told_ties({weight}, ties, record), less=less))
         for path, module in trained_modules(root, name, record, modules).items():
             held = dict(module.state_dict())
             shapes, count = {n: tuple(t.shape) for n, t in held.items()}, sum(p.numel() for p in module.parameters())

@@ -122,6 +122,10 @@ class Method(Config, abc.ABC):
     #: whether what it derives has the size of the largest site under one config
     by_size: ClassVar[bool] = False
 
+    def fitted(self, out_features: int, in_features: int) -> Method:
+        """What `rewrite` takes at a site of this size: this config, or one with less where the site is too small."""
+        return self
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """What a call brings for it: keyword arguments of the model's forward, which `Emitter.given` reads by name."""

@@ -45,4 +45,4 @@ def rewrite(model: T, spec: Spec, name: str = "default", *, dtype: torch.dtype |
             f"rewrite({type(model).__name__}, ...): give an nn.Module, an fx.GraphModule or an ExportedProgram"
         )
     warn_untied(unwrap(model), spec)
-    return graft_adapter(model, spec, name, dtype=dtype, update=update)  # type: ignore[return-value]
+    return graft_adapter(model, spec, name, dtype=dtype, update=update, fit=True)  # type: ignore[return-value]

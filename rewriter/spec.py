@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import SpecError
 from .keywords import Config
 from .method import Method, method_from_dict
+from .targeting.patterns import matches
 
 ALL_LINEAR = "all-linear"
 
@@ -139,6 +140,12 @@ class Spec(Config):
             _check_pattern(pattern, "Spec(overrides=...)")
             if not isinstance(method, Method):
                 raise SpecError(f"Spec(overrides={{{pattern!r}: {method!r}}}): the value must be a method config")
+
+    def method_at(self, names: Iterable[str]) -> Method:
+        """The config that is asked for at a site of these names."""
+        names = tuple(names)
+        hits = (method for pattern, method in self.overrides.items() if any(matches(name, pattern) for name in names))
+        return next(hits, self.method)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""

@@ -67,6 +67,12 @@ class AdapterRecord:
         return tuple(site for group in self.groups for site in group.sites)
 
     @property
+    def fitted(self) -> bool:
+        """Whether a site is too small for the spec and has less than it says."""
+        asked = ((s, group.method, self.spec.method_at(s.answers)) for group in self.groups for s in group.sites)
+        return any(m != to and m == to.fitted(s.out_features, s.in_features) for s, m, to in asked)
+
+    @property
     def owners(self) -> tuple[str, ...]:
         """Paths of the modules whose class the adapter changes."""
         paths = [path for site in self.sites for path in (site.owner, site.computed)]

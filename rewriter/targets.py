@@ -124,11 +124,12 @@ def _hits(pattern: str, candidates: Mapping[str, Candidate], known: Collection[s
     return hits
 
 
-def resolve(model: nn.Module, spec: Spec, known: Collection[str] = ()) -> Resolution:
+def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool = False) -> Resolution:
     """Find every site of a spec. Reads the model and changes nothing.
 
     Args:
         known: names of the sites, where the spec is that of an adapter which exists already.
+        fit: whether methods take less at sites that are too small for them.
 
     Raises:
         TargetError: a pattern matches nothing (near misses are listed) or something that cannot be adapted.
@@ -165,7 +166,8 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = ()) -> Resolu
             # a part of a fused weight answers to its own names, `qkv[0]` and `q_proj`, and to the weight's
             hits = [p for p in spec.overrides if any(matches(answer, p) for answer in site.answers)]
             used_overrides.update(hits)
-            sites.append((site, spec.overrides[hits[0]] if hits else spec.method))
+            method = spec.overrides[hits[0]] if hits else spec.method
+            sites.append((site, method.fitted(site.out_features, site.in_features) if fit else method))
     for pattern in spec.overrides:
         if pattern not in used_overrides:
             raise no_match("override", pattern, [answer for site, _ in sites for answer in site.answers])

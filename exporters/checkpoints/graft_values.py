@@ -36,6 +36,7 @@ def filled(
     fits: Callable[[Plan], None],
     hint: str,
     keep: bool = False,
+    fit: bool = False,
 ) -> M:
     """Graft a spec and fill it with values that must fit exactly; the input model is not changed.
 
@@ -44,6 +45,7 @@ def filled(
         what: subject of the error texts; `hint` is their end.
         order: of the sites, as in `graft_adapter`.
         fits: raises where the sites are not those the adapter was made for.
+        fit: as in `graft_adapter`.
         keep: whether values may keep the narrow dtype they have in common with the base.
 
     Raises:
@@ -62,7 +64,7 @@ def filled(
             )
 
     def grafted(dtype: torch.dtype | None) -> M:
-        return graft_adapter(model, spec, name, dtype=dtype, initialise=False, order=order, check=check)
+        return graft_adapter(model, spec, name, dtype=dtype, initialise=False, order=order, check=check, fit=fit)
 
     try:
         adapted = grafted(None)

@@ -27,7 +27,6 @@ from ...rewriter.parts import cut_from
 from ...rewriter.sites import beside
 from ...rewriter.spec import Spec
 from ...rewriter.state import record_of
-from ...rewriter.targeting.patterns import matches
 from ...rewriter.tensors import live_state
 from .derived_hash import IN_CONFIG, check_derived, derived_hash
 from .folder_files import CONFIG, WEIGHTS, Stored, check_config_is_theirs, read_folder, writable, write_folder
@@ -36,6 +35,7 @@ from .stored_cuts import CUTS, StoredCut, exact_targets, names_here, read_cuts, 
 
 FORMAT, FORMAT_VERSION = "fxgraft", 1
 ABOUT = frozenset({"versions"})
+FITTED = "fitted"  # in the config: sites that are too small for the spec have less than it says
 
 Size = tuple[int, int]
 
@@ -70,6 +70,7 @@ def save_own(
         "spec": record.spec.to_dict(),
         "sites": {s.name: [s.out_features, s.in_features] for s in record.sites},
         **stored_cuts(record.sites),
+        **({FITTED: True} if record.fitted else {}),
         "versions": {"fxgraft": own, "torch": torch.__version__},
     }
     if (derived := derived_hash(root, name)) is not None:
@@ -113,7 +114,9 @@ def load_own(model: M, stored: Stored, name: str) -> M:
     kind = type(unwrap(model)).__name__
     hint = "The adapter was saved for another model or by another program"
     tensors = {renamed(key, names): tensor for key, tensor in stored.tensors.items()} if names else stored.tensors
-    adapted = filled(model, spec, name, tensors, what, order=list(wanted), fits=fits, hint=hint, keep=True)
+    adapted = filled(
+        model, spec, name, tensors, what, order=list(wanted), fits=fits, hint=hint, keep=True, fit=_is_fitted(stored)
+    )
     check_derived(adapted, name, stored, {here: there for there, here in names.items()})
     return adapted
 
@@ -150,6 +153,13 @@ def _read_spec(stored: Stored) -> tuple[Spec, dict[str, Size], dict[str, StoredC
     return spec, sites, read_cuts(config.get(CUTS, {}), what)
 
 
+def _is_fitted(stored: Stored) -> bool:
+    given = stored.config.get(FITTED, False)
+    if not isinstance(given, bool):
+        raise CheckpointError(f"{stored.what}: {FITTED!r} in its {CONFIG} is {given!r}, expected true or false")
+    return given
+
+
 def _sites(given: Mapping[str, Any], what: str) -> dict[str, Size]:
     for name, shape in given.items():
         if not isinstance(shape, list) or [type(size) for size in shape] != [int, int]:
@@ -181,8 +191,8 @@ def own_state(stored: Stored) -> AdapterState:
         stem, _, part = name.removesuffix("]").partition("[")  # a part of a fused weight answers to more names
         cut = cuts.get(stem, StoredCut())
         names = (name, stem, *(beside(stem, alias) for alias in (cut.names[int(part)] if part and cut.names else ())))
-        hits = [m for pattern, m in spec.overrides.items() if any(matches(n, pattern) for n in names)]
-        method = hits[0] if hits else spec.method
+        method = spec.method_at(names)
+        method = method.fitted(out_features, in_features) if _is_fitted(stored) else method
         group = groups.setdefault(method, len(groups))
         methods[name] = SiteMethod(method, out_features, in_features, group, cut.plain if part else ())
     return AdapterState(stored.tensors, methods)

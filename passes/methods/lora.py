@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank
+from ...rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank, lower_rank
 from ...rewriter.dialect import Halves, Traits, cast, operator
 from ...rewriter.emitter import Emitter
 from ...rewriter.method import Decl, Declaration, InitContext, Method, Tensors
@@ -91,6 +91,9 @@ class LoRA(Method, key="lora"):
 
     def meaning(self) -> dict[str, Any]:
         return {"rank": self.rank, "the scale": self.scale}
+
+    def fitted(self, out_features: int, in_features: int) -> LoRA:
+        return lower_rank(self, out_features, in_features)
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
         check_rank(self, self.rank, sites)

@@ -110,12 +110,20 @@ def open_source(base: nn.Module, spec: Spec | None, name: str, value: Any) -> So
     if spec is None:
         raise AdapterError(f"tenant {name!r} is a state without a config, and the model has no one active adapter: "
                            "give spec=, or the adapted model instead of its state")  # fmt: skip
-    twin = graft_adapter(base, spec, TENANT, initialise=False)
-    if (other := _at_its_rank(spec, twin, value)) is not None:
-        twin = graft_adapter(base, other, TENANT, initialise=False)
+    twin = graft_adapter(base, spec, TENANT, initialise=False, fit=True)
+    if _shapes(state_of_adapter(twin, TENANT)) != _shapes(value):
+        letter = {spec.method_at(site.answers) for site in record_of(twin, TENANT).sites}
+        if not letter <= set(Source(twin, TENANT).methods):  # before layers that are too small took less
+            twin = graft_adapter(base, spec, TENANT, initialise=False)
+        if (other := _at_its_rank(spec, twin, value)) is not None:
+            twin = graft_adapter(base, other, TENANT, initialise=False)
     check_state(state_of_adapter(twin, TENANT), value, f"the state of tenant {name!r}")
     write_state(twin, TENANT, value)
     return Source(twin, TENANT)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def _at_its_rank(spec: Spec, twin: nn.Module, state: Mapping[str, Tensor]) -> Spec | None:

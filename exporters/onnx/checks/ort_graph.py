@@ -43,8 +43,10 @@ class OrtGraph:
             {site_of(name) for name in (*self.adapter_inputs, *trained)},
             set(map(tensor_of, self.adapter_inputs)),
         )
+        # a part of a fused weight may be given as the whole weight, which is the input then
+        gone = [site for site in sites if begun.isdisjoint({site, site.partition("[")[0]})]
         ids = [ADAPTER_IDS] if told["adapters"] == "bank" and ADAPTER_IDS not in self.inputs else []
-        return [*(site for site in sites if site not in begun), *(name for name in trained if name not in heads), *ids]
+        return [*gone, *(name for name in trained if name not in heads), *ids]
 
     def run(
         self,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from ....rewriter.config_checks import check_positive_int, check_rank
+from ....rewriter.config_checks import check_positive_int, check_rank, lower_rank
 from ....rewriter.emitter import Emitter
 from ....rewriter.errors import MergeError, SpecError
 from ....rewriter.method import Decl, Declaration, InitContext, Method, Tensors
@@ -69,6 +69,10 @@ class GLoRA(Method, key="glora"):
     def _shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         path = self.path or PATHS[0]
         return path.shapes(site.in_features, site.out_features, self.rank, site.bias is not None)
+
+    def fitted(self, out_features: int, in_features: int) -> GLoRA:
+        low_rank = self.path is None or "lora" in (self.path.A, self.path.B, self.path.C)
+        return lower_rank(self, out_features, in_features) if low_rank else self
 
     def adds_bias(self, site: Site) -> str | None:
         biased = not {"Cd", "D", "E"}.isdisjoint(self._shapes(site))

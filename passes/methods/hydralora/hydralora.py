@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ....rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank
+from ....rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank, lower_rank
 from ....rewriter.dialect import Halves, Traits, cast, operator
 from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
@@ -112,6 +112,9 @@ class HydraLoRA(Method, key="hydralora"):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def fitted(self, out_features: int, in_features: int) -> HydraLoRA:
+        return lower_rank(self, out_features, in_features)
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
         check_rank(self, self.rank, sites)

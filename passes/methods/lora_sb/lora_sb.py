@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ....rewriter.config_checks import check_dropout, check_positive_int
+from ....rewriter.config_checks import check_dropout, check_positive_int, lower_rank
 from ....rewriter.emitter import Emitter
 from ....rewriter.errors import AdapterError, SpecError, listing, near_misses
 from ....rewriter.method import Declaration, InitContext, Method, Tensors
@@ -109,6 +109,9 @@ class LoRASB(Method, key="lora_sb"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise SpecError(f"LoRASB({name}={value!r}): allowed are whole numbers from 0 up")
+
+    def fitted(self, out_features: int, in_features: int) -> LoRASB:
+        return lower_rank(self, out_features, in_features)
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
         return declare_latent(self, self.rank, sites)

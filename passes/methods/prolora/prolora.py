@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ....rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank
+from ....rewriter.config_checks import check_dropout, check_positive, check_positive_int, check_rank, lower_rank
 from ....rewriter.dialect import Halves, Traits, operator, product_with
 from ....rewriter.emitter import Emitter
 from ....rewriter.errors import SpecError
@@ -133,6 +133,11 @@ class PRoLoRA(Method, key="prolora"):
     def shared(self) -> int:
         """`q`, how many ranks are shared."""
         return self.rank - self.unshared
+
+    def fitted(self, out_features: int, in_features: int) -> PRoLoRA:
+        fitted = lower_rank(replace(self, unshared=0), out_features, in_features)
+        a_chunks, b_chunks = min(self.a_chunks, in_features), min(self.b_chunks, out_features)
+        return replace(fitted, unshared=min(self.unshared, fitted.rank), a_chunks=a_chunks, b_chunks=b_chunks)
 
     def declare(self, sites: Sequence[Site]) -> Declaration:
         check_rank(self, self.rank, sites)
