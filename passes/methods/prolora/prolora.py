@@ -104,7 +104,7 @@ class PRoLoRA(Method, key="prolora"):
     out. Derived: `rows_a (q, m)`, `rows_b (q, n)`, int64; `lengths (2,)`, int64, in and out. Starts as a no-op.
 
     Raises:
-        SpecError: a value outside its range, or more chunks than a site has features.
+        SpecError: a value outside its range.
     """
 
     elsewhere: ClassVar[Mapping[str, str]] = {"unshared_rank": "unshared"}

@@ -104,8 +104,8 @@ def test_wrong_values_raise_at_construction(wrong):
         fg.LoRA(**wrong)
 
 
-def test_a_rank_above_the_site_warns_and_works():
-    with pytest.warns(UserWarning, match="'down' with 5 x 11"):
-        adapted = perturb(fg.rewrite(MLP(), fg.Spec(fg.LoRA(rank=6), ["down"])))
+def test_a_rank_above_the_site_is_what_the_site_can_have():
+    adapted = perturb(fg.rewrite(MLP(), fg.Spec(fg.LoRA(rank=6), ["down"])))
+    assert fg.explain(adapted).rows[0].less == "rank 5 of 6"
     x = torch.randn(3, 7)
     torch.testing.assert_close(fg.merge(adapted)(x), adapted(x), rtol=1e-5, atol=1e-6)

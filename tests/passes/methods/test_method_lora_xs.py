@@ -12,6 +12,7 @@ from torch import nn
 import fxgraft as fg
 from fxgraft.passes.methods.lora_sb.lora_sb import LoRASB
 from fxgraft.passes.methods.lora_xs import LoRAXS, lora_xs, truncated_svd
+from fxgraft.rewriter.create import graft_adapter
 
 OP = torch.ops.fxgraft.lora_xs.default
 
@@ -116,9 +117,11 @@ def test_json_round_trip():
     assert fg.Spec.from_dict(spec.to_dict()) == spec
 
 
-def test_rank_above_the_site_is_an_error(mlp):
-    with pytest.raises(fg.SpecError, match="at most 5"):
-        fg.rewrite(mlp, fg.Spec(LoRAXS(rank=6), targets=["down"]))
+def test_a_rank_above_the_site_is_what_the_site_can_have(mlp):
+    spec = fg.Spec(LoRAXS(rank=6), targets=["down"])
+    assert fg.explain(fg.rewrite(mlp, spec)).rows[0].less == "rank 5 of 6"
+    with pytest.raises(fg.SpecError, match="at most 5"):  # to the letter there is no such adapter
+        graft_adapter(mlp, spec, "default")
 
 
 def test_quantised_and_broken_weights_are_errors(mlp):

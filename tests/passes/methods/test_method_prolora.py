@@ -15,6 +15,7 @@ import fxgraft as fg
 from fxgraft.passes.methods.low_rank_factors import linear_factors
 from fxgraft.passes.methods.prolora.prolora import PRoLoRA
 from fxgraft.passes.methods.prolora.rotated_chunks import chunks_are_cheaper, rotation
+from fxgraft.rewriter.create import graft_adapter
 
 torch.set_num_threads(1)
 
@@ -256,10 +257,11 @@ def test_wrong_configs(fields):
 
 
 def test_sites_that_do_not_fit():
-    with pytest.raises(fg.SpecError, match=r"a_chunks=7.*'layer'"):
-        fg.rewrite(Net(nn.Linear(6, 30)), fg.Spec(PRoLoRA(4), targets=["layer"]))
-    with pytest.warns(UserWarning, match="rank=8"):
-        fg.rewrite(Net(nn.Linear(7, 30)), fg.Spec(PRoLoRA(8), targets=["layer"]))
+    for method, small, less in ((PRoLoRA(4), 6, "a_chunks 6 of 7"), (PRoLoRA(8), 7, "rank 7 of 8")):
+        adapted = fg.rewrite(Net(nn.Linear(small, 30)), fg.Spec(method, targets=["layer"]))
+        assert fg.explain(adapted).rows[0].less == less
+    with pytest.raises(fg.SpecError, match=r"a_chunks=7.*'layer'"):  # to the letter there is no such adapter
+        graft_adapter(Net(nn.Linear(6, 30)), fg.Spec(PRoLoRA(4), targets=["layer"]), "default")
 
 
 def test_json():

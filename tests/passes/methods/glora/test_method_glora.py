@@ -230,8 +230,7 @@ def test_config_round_trip_and_errors():
         GLoRA(path={"A": "lora"})
     with pytest.raises(fg.SpecError, match="GLoRAPath"):
         GLoRA(path="lora")
-    with pytest.warns(UserWarning, match="rank is at most 5"):
-        adapt(wrapped("linear"), None, rank=6)
+    assert "rank 5 of 6" in str(fg.explain(adapt(wrapped("linear"), None, rank=6)))
 
 
 @pytest.mark.parametrize("base", ["linear", "bias-free"])
