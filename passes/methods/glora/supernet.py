@@ -118,15 +118,7 @@ def fix_paths(supernet: M, paths: Paths, name: str = "default") -> M:
     fixed = copy_skeleton(root)
     remove(fixed, name)
     dtype = next(iter(sites.values())).Ad.dtype
-    fixed = graft_adapter(  # type: ignore[assignment]
-        fixed,
-        spec,
-        name,
-        dtype=dtype,
-        update=None,
-        initialise=False,
-        fit=record.fitted,  # type: ignore[arg-type]
-    )
+    fixed = graft_adapter(fixed, spec, name, dtype=dtype, initialise=False, fit=record.fitted)  # type: ignore[arg-type]
     for group in record_of(fixed, name).groups:
         made = getattr(group.method, "path", None)
         if wrong := [s.name for s in group.sites if s.name in chosen and made != chosen[s.name]]:
