@@ -88,7 +88,7 @@ class Emitter:
         product, halves = self.site.product, halves_of(target)
         inputs = 1 if halves is None else halves.inputs
         x, rest = args[0], args[inputs:]
-        if halves is not None and all(given is x for given in args[:inputs]):
+        if halves is not None and not product.by_rows and all(given is x for given in args[:inputs]):
             z = product.down(self.function, x, self.function(halves.down, *rest))
             if halves.across is not None:
                 return product.up(self.function, z, self.function(halves.across, *rest))

@@ -14,10 +14,11 @@ from ..analysis.weight_views import is_fact, same_values, source_of, turned
 from .convolution import match_convolution
 from .embedding import match_embedding
 from .linear import match_linear
+from .match_contraction import match_contraction
 from .product import Matcher, NoMatch, ProductNode, Use
 
 #: every kind's look at a use of a weight, asked in this order
-KINDS: tuple[Matcher, ...] = (match_linear, match_embedding, match_convolution)
+KINDS: tuple[Matcher, ...] = (match_linear, match_embedding, match_convolution, match_contraction)
 #: the numbers of dimensions of the weights they know
 DIMS = frozenset({2, 3, 4, 5})
 

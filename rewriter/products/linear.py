@@ -107,14 +107,14 @@ def match_linear(use: Use) -> ProductNode | NoMatch | None:
     out_features = use.tensors[name].shape[1 - contracted]
     bias = product.bias
     if product.form == "matmul":
-        bias = _added(node)
+        bias = added(node)
     found = None if bias is None else vector(bias, out_features, use.tensors)
     if bias is not None and found is None and product.form != "matmul":
         return NoMatch("the bias is not a plain parameter", node.name)
     return ProductNode(node, product.x, use.read, name, Linear(contracted=contracted), found, product.form)
 
 
-def _added(node: fx.Node) -> object:
+def added(node: fx.Node) -> object:
     """What is added, unscaled, to a product that nothing else reads: `x @ W + b`."""
     if len(node.users) != 1:
         return None

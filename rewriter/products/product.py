@@ -32,6 +32,8 @@ class Product(abc.ABC):
 
     #: a method's operator takes the product's input as it is, `(..., in)`, and gives the delta `(..., out)`
     plain: ClassVar[bool] = False
+    #: an operator stands on the `rows` as it is, also one with halves: they cost next to nothing
+    by_rows: ClassVar[bool] = False
     #: whether `all-linear` means it
     linear: ClassVar[bool] = False
     #: x says which one of the features counts: it has no values to drop, and starting values are not for sums of many
