@@ -42,6 +42,11 @@ def graft_graph(
         if isinstance(products, NoMatch):
             raise CaptureError(f"{site.name!r} cannot be adapted: {products.reason}")
         for product in products:
+            if product.product != site.product:
+                raise CaptureError(
+                    f"{site.name!r}: the product is another one than when the adapter was made, {product.product} and "
+                    f"no longer {site.product}"
+                )
             y = current(product.node)
             before = set(result.nodes)
             with result.inserting_before(y.next):

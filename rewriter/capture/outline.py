@@ -24,7 +24,7 @@ from ..calls.disabled import is_off
 from ..errors import CaptureError
 from ..grafted_class import BASE, Grafted, plain_view, renew_class
 from ..products.find import find_products
-from ..products.linear import Linear
+from ..products.linear import Linear, is_linear_call
 from ..products.product import ProductNode
 from ..sites import NoMatch
 from ..state import STATE
@@ -145,7 +145,7 @@ def outline_linears(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         holder = result.get_submodule(path)
         first = linears[0]
-        if not isinstance(first.product, Linear):
+        if not isinstance(first.product, Linear) or not all(map(is_linear_call, (one.node for one in linears))):
             continue
         weight = first.weight_name.rpartition(".")[2]
         bias = None  # `x @ W + b` keeps its own sum

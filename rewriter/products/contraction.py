@@ -41,6 +41,10 @@ class Contraction(Product):
     scale: float = 1.0
 
     @property
+    def undivided(self) -> str:
+        return "what it produces is several dimensions of the result" if len(self.produced) > 1 or self.spread else ""
+
+    @property
     def _order(self) -> tuple[int, ...]:
         return (*self.produced, *self.contracted)
 

@@ -89,6 +89,11 @@ def _is_one(value: object) -> bool:
     return isinstance(value, (int, float)) and value == 1
 
 
+def is_linear_call(node: fx.Node) -> bool:
+    """Whether a node calls one of the functions of a linear product."""
+    return isinstance(_product(node), _Written)
+
+
 def match_linear(use: Use) -> ProductNode | NoMatch | None:
     """The linear product that a node computes with a 2-d weight."""
     name, node = use.name, use.node

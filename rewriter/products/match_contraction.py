@@ -18,7 +18,7 @@ from torch import fx
 
 from ..analysis.weight_views import is_fact, name_of, source_of, turned
 from .contraction import Contraction
-from .linear import added
+from .linear import Linear, added
 from .product import NoMatch, ProductNode, Use, bind, vector
 
 aten = torch.ops.aten
@@ -149,8 +149,8 @@ def _product(use: Use, node: fx.Node, weight: _Weight) -> ProductNode | NoMatch 
             return found
         x, kind = found
     elif target in (torch.tensordot, torch.inner, aten.inner.default):
-        bound = bind(node, ("a", "input", "self"), ("b", "other"), ("dims",))
-        if bound is None or bound[1] is not weight.node or None in weight.dims:
+        bound = bind(node, ("a", "input", "self"), ("b", "other"), ("dims",), ("out",))
+        if bound is None or bound[3] is not None or bound[1] is not weight.node or None in weight.dims:
             return None
         dims = [[-1], [-1]] if target is not torch.tensordot else 2 if bound[2] is None else bound[2]
         x, kind = bound[0], _tensordot(dims, weight)
@@ -169,7 +169,14 @@ def _product(use: Use, node: fx.Node, weight: _Weight) -> ProductNode | NoMatch 
         return None
     if kind is None or not isinstance(x, fx.Node) or x in use.views:
         return None
-    return _with_bias(use, node, x, kind, bias)
+    found_node = _with_bias(use, node, x, kind, bias)
+    broadcast = None in weight.dims and target not in (torch.bmm, torch.baddbmm, aten.bmm.default, aten.baddbmm.default)
+    if isinstance(found_node, NoMatch) or broadcast or kind.shape != tuple(use.tensors[use.name].shape):
+        return found_node
+    plain = Contraction(shape=kind.shape, contracted=kind.contracted, produced=kind.produced)
+    if kind != plain or len(kind.shape) != 2:
+        return found_node
+    return replace(found_node, product=Linear(contracted=kind.contracted[0]))
 
 
 def _with_bias(use: Use, node: fx.Node, x: fx.Node, kind: Contraction, bias: object) -> ProductNode | NoMatch:

@@ -162,11 +162,6 @@ def sites_of(
 ) -> list[Site]:
     """The sites of a weight: of the selected parts, or of the whole where it is not cut."""
     produced, contracted = linear.product.matrix(weight).shape[-2:]
-    if linear.product.experts and cut is not None and cut.groups > 1:
-        raise TargetError(
-            f"{candidate.name!r} stacks the weights of experts, and its parts lie apart there ({cut}): an adapter on "
-            "them would not be one block of rows. Adapt the whole weight"
-        )
     if cut is not None and linear.product.undivided:
         raise TargetError(
             f"{candidate.name!r} cannot be taken apart ({cut}): {linear.product.undivided}; adapt all of it"

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from methods import METHODS, graft
 from small_models import perturb
 from torch import nn
 
@@ -23,6 +24,7 @@ class Form(nn.Module):
         self.bias = nn.Parameter(torch.randn(5))
         self.v = nn.Parameter(torch.randn(5, 5))
         self.register_buffer("scale", torch.rand(5) + 0.5)
+        self.gain = 0.7
         self.how = how
 
     @property
@@ -97,6 +99,36 @@ SITES = {
     "contiguous": (OI, lambda m, x: x @ m.w.t().contiguous()),
     "detached": (OI, lambda m, x: F.linear(x, m.w.detach())),
     "an embedding": (OI, lambda m, x: F.embedding(x.mul(9).long().abs() % 5, m.w)),
+    "einsum": (OI, lambda m, x: torch.einsum("ni,oi->no", x, m.w)),
+    "einsum without an output": (IO, lambda m, x: torch.einsum("ni,io", x, m.w)),
+    "einsum, weight first": (OI, lambda m, x: torch.einsum("oi,ni->on", m.w, x)),
+    "einsum with dots": (OI, lambda m, x: torch.einsum("...i,oi->...o", x[None], m.w)),
+    "einsum of .t()": (IO, lambda m, x: torch.einsum("ni,oi->no", x, m.w.t())),
+    "einsum of a list": (OI, lambda m, x: torch.einsum("ni,oi->no", [x, m.w])),
+    "einsum into heads": ((2, 3, 7), lambda m, x: torch.einsum("ni,hdi->hnd", x, m.w)),
+    "einsum over heads": ((4, 2, 7), lambda m, x: torch.einsum("nhi,ohi->no", torch.stack([x, x * 2], 1), m.w)),
+    "einsum that sums x": (OI, lambda m, x: torch.einsum("nti,oi->no", x[None], m.w)),
+    "einsum + b": (OI, lambda m, x: torch.einsum("ni,oi->no", x, m.w) + m.b),
+    "aten einsum": (OI, lambda m, x: aten.einsum.default("ni,oi->no", [x, m.w])),
+    "heads of a view": ((6, 7), lambda m, x: torch.einsum("ni,hdi->nhd", x, m.w.view(2, -1, 7))),
+    "heads of a permuted one": ((2, 7, 3), lambda m, x: torch.einsum("ni,ihd->nhd", x, m.w.permute(1, 0, 2))),
+    "tensordot": (IO, lambda m, x: torch.tensordot(x, m.w, 1)),
+    "tensordot by dims": (OI, lambda m, x: torch.tensordot(x, m.w, dims=([1], [1]))),
+    "tensordot into heads": ((7, 2, 3), lambda m, x: torch.tensordot(x, m.w, dims=([-1], [0]))),
+    "tensordot over two": ((2, 7, 4), lambda m, x: torch.tensordot(torch.stack([x, -x], 1), m.w)),
+    "inner": (OI, lambda m, x: torch.inner(x, m.w)),
+    "scaled": (OI, lambda m, x: F.linear(x, m.w * 0.5)),
+    "scaled by an attribute": (OI, lambda m, x: F.linear(x, m.w * m.gain, m.b)),
+    "divided": (IO, lambda m, x: x @ (m.w / 3)),
+    "negated": (OI, lambda m, x: F.linear(x, -m.w)),
+    "negated + b": (IO, lambda m, x: x @ (-m.w) + m.b),
+    "viewed": (OI, lambda m, x: x @ m.w.view(7, 5)),
+    "reshaped": (OI, lambda m, x: x @ m.w.reshape(7, 5)),
+    "flattened": ((7, 2, 3), lambda m, x: x @ m.w.reshape(7, 6)),
+    "bmm": (IO, lambda m, x: torch.bmm(x.expand(4, -1, -1), m.w.unsqueeze(0).expand(4, -1, -1))),
+    "bmm of .expand": (IO, lambda m, x: torch.bmm(x.expand(4, -1, -1), m.w.expand(4, 7, 5))),
+    "baddbmm": (IO, lambda m, x: torch.baddbmm(m.b, x.expand(4, -1, -1), m.w.unsqueeze(0).expand(4, -1, -1))),
+    "@ .unsqueeze": (IO, lambda m, x: x @ m.w.unsqueeze(0)),
     "two weights": (OI, lambda m, x: F.linear(F.linear(x, m.w, m.b), m.v)),
 }
 REFUSED = {
@@ -105,12 +137,8 @@ REFUSED = {
     "left operand": (OI, lambda m, x: (m.w @ x.t()).t(), "left operand"),
     "input of a linear": (SQ, lambda m, x: F.linear(m.w, x), "left operand|computed"),
     "input and weight": (SQ, lambda m, x: F.linear(x, m.w) + F.linear(m.w, m.w)[:3], "left operand"),
-    "scaled": (OI, lambda m, x: F.linear(x, m.w * 2), "not a linear product"),
-    "negated": (OI, lambda m, x: F.linear(x, -m.w), "not a linear product"),
     "sliced": (OI, lambda m, x: F.linear(x[:, :4], m.w[:, :4]), "not a linear product"),
     "chunked": (OI, lambda m, x: F.linear(x[:, :3], m.w.split(3, 1)[0]), "not a linear product"),
-    "viewed": (OI, lambda m, x: x @ m.w.view(7, 5), "not a linear product"),
-    "reshaped": (OI, lambda m, x: x @ m.w.reshape(7, 5), "not a linear product"),
     "as_strided": (OI, lambda m, x: x @ m.w.as_strided((7, 5), (1, 7)), "not a linear product"),
     "unsqueezed": (OI, lambda m, x: F.linear(x, m.w.unsqueeze(0)[0]), "not a linear product"),
     "padded": (OI, lambda m, x: F.linear(x, F.pad(m.w, (0, 0))), "not a linear product"),
@@ -122,6 +150,17 @@ REFUSED = {
     "cast by .type": (OI, lambda m, x: F.linear(x, m.w.type("torch.FloatTensor")), "not a linear product"),
     "cast by .long": (OI, lambda m, x: F.linear(x.long(), m.w.long()).float(), "not a linear product"),
     "cast to float8": (OI, lambda m, x: F.linear(x, m.w.to(torch.float8_e4m3fn).float()), "not a linear product"),
+    "einsum of a batch": (
+        (3, 7, 5),
+        lambda m, x: torch.einsum("ni,nio->no", x, m.w),
+        "one matrix for each entry of 'n'",
+    ),
+    "einsum of the weight's sum": ((7, 5, 2), lambda m, x: torch.einsum("ni,iok->no", x, m.w), "over 'k' by itself"),
+    "einsum of a diagonal": (SQ, lambda m, x: torch.einsum("ni,ii->n", x, m.w), "more than a product"),
+    "bmm of a batch": ((3, 7, 5), lambda m, x: torch.bmm(x.unsqueeze(1), m.w), "one matrix for each entry of a batch"),
+    "scaled by a tensor": (OI, lambda m, x: F.linear(x, m.w * m.scale[:, None]), "not a linear product"),
+    "scaled and read": (OI, lambda m, x: (lambda w: F.linear(x, w) + w.sum())(m.w * 2), "not a linear product"),
+    "viewed as other numbers": (IO, lambda m, x: x @ m.w.view(torch.int32).view(torch.float32), "not a linear product"),
     "dropped": (OI, lambda m, x: F.linear(x, F.dropout(m.w, 0.5, False)), "not a linear product"),
     "permuted by a computed order": (OI, lambda m, x: x @ m.w.permute(x.dim() - 1, 0), "not a linear product"),
     "its norm too": (OI, lambda m, x: F.linear(x, m.w) + m.w.norm(), "not a linear product"),
@@ -134,8 +173,6 @@ REFUSED = {
     ),
     "summed": (SQ, lambda m, x: x @ x.t() @ x + m.w[:3], "not a linear product"),
     "mv": (OI, lambda m, x: torch.mv(m.w, x[0]), "not a linear product"),
-    "einsum": (OI, lambda m, x: torch.einsum("ni,oi->no", x, m.w), "not a linear product"),
-    "tensordot": (IO, lambda m, x: torch.tensordot(x, m.w, 1), "not a linear product"),
     "addmm with alpha": (IO, lambda m, x: torch.addmm(m.b, x, m.w, alpha=2), "alpha or beta"),
     "addmm with beta": (IO, lambda m, x: torch.addmm(m.b, x, m.w, beta=0), "alpha or beta"),
     "addmm of a residual": (IO, lambda m, x: torch.addmm(x[:, :5], x, m.w), "bias is not a plain"),
@@ -164,7 +201,7 @@ def explicit(model, adapted):
     (site,), state, twin = record_of(adapted, "default").sites, fg.adapter_state(adapted), copy.deepcopy(model)
     with torch.no_grad():
         delta = state["0.w.B"] @ state["0.w.A"] * (fg.LoRA().alpha / 2)
-        site.linear_layout(twin[0].w).add_(delta)
+        site.put(twin[0].w, site.linear_layout(twin[0].w) + delta)
     return twin
 
 
@@ -213,3 +250,45 @@ def test_a_complex_weight():
     model[0].w = nn.Parameter(torch.randn(5, 7, dtype=torch.complex64))
     with pytest.raises(fg.TargetError, match="complex64"):
         fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), ["0.w"]))
+
+
+def test_a_scale_that_changes_later_changes_nothing_silently():
+    model, x = form(SITES["scaled by an attribute"][1], OI), torch.randn(3, 7)
+    adapted = perturb(fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), ["0.w"])))
+    before = adapted(x)
+    with pytest.raises(fg.FxgraftError, match=r"'0\.w': the product is another one than when the adapter was made"):
+        adapted[0].gain = 0.3
+    assert adapted[0].gain == 0.7 and torch.equal(adapted(x), before)
+
+
+def test_a_product_into_heads_is_not_taken_apart():
+    model = form(SITES["einsum into heads"][1], (2, 3, 7))
+    with pytest.raises(
+        fg.TargetError, match=r"'0\.w' cannot be taken apart .*: what it produces is several dimensions"
+    ):
+        fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), [fg.Target("0.w", parts=2)]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["einsum into heads", "scaled by an attribute", "heads of a view", "negated + b"])
+def test_every_method_beside_a_contraction(name, method, tmp_path):
+    shape, how = SITES[name]
+    model, x = form(how, shape), torch.randn(3, 7)
+    try:
+        adapted = perturb(graft(model, fg.Spec(METHODS[method], "0.w"))).eval()
+    except fg.SpecError as error:
+        assert "a bias" in str(error) and method in ("glora", "supernet")
+        return
+    out = adapted(x)
+    assert not torch.allclose(out, model(x), atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(x), out, rtol=1e-5, atol=1e-5)
+        with fg.disabled(adapted):
+            assert torch.equal(adapted(x), model(x))
+    if METHODS[method].unmergeable is None and method != "supernet":
+        torch.testing.assert_close(fg.merge(adapted)(x), out, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(adapted, backend="eager", fullgraph=True)(x), out, rtol=1e-4, atol=1e-5)
+    fg.save_adapter(adapted, tmp_path / "a")
+    assert torch.equal(fg.load_adapter(model, tmp_path / "a").eval()(x), out)
+    assert torch.equal(copy.deepcopy(adapted)(x), out)

@@ -61,7 +61,7 @@ NON_MATCHES = {
     "sum": (lambda m, x: x + m.w, "not a linear product"),
     "also summed": (lambda m, x: F.linear(x, m.w) + m.w.sum(), "not a linear product"),
     "embedding": (lambda m, x: F.embedding(x.long(), m.w.t()), "looked up transposed"),
-    "computed": (lambda m, x: F.linear(x, m.w * 2), "not a linear product"),
+    "computed": (lambda m, x: F.linear(x, m.w.exp()), "not a linear product"),
     "scaled addmm": (lambda m, x: torch.addmm(m.b, x, m.w, alpha=2), "alpha or beta"),
     "unused": (lambda m, x: x, "not read"),
 }

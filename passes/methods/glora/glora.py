@@ -118,14 +118,14 @@ class GLoRA(Method, key="glora"):
         weight, bias = e.weight(), e.bias()
         biased = bias is not None and e.site.form != "matmul"  # `x @ W + b` adds its bias behind the product
         clean = e.untouched
-        keep = clean and e.site.whole and "Ad" in shapes and not e.weighted and e.site.product.plain
+        keep = clean and e.site.whole and "Ad" in shapes and not e.weighted and not e.site.product.by_rows
         if self.path is None:
             training = e.graph.get_attr("training")
             mask = e.call(draw_mask, e.shared("table"), e.tensor("path"), training)
             new = e.call(glora_supernet, e.x, weight, bias, *tensors, mask, keep, biased)
         else:
             product = None
-            if clean and e.site.product.plain and "Ad" in shapes and "Au" not in shapes:
+            if clean and not e.site.product.by_rows and "Ad" in shapes and "Au" not in shapes:
                 # a part is added to in place, which must not change what the backward of A reads
                 product = y if e.site.whole else e.call(torch.clone, y)
             new = e.call(glora, e.x, product, weight, bias, *tensors, keep, biased)
