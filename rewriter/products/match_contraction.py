@@ -79,7 +79,8 @@ def _flat(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
 # -- what is made of a weight ------------------------------------------------------------------------------------
 def _step(node: fx.Node, weight: _Weight) -> _Weight | None:
     """The weight behind a node that reorders, views, broadcasts or scales it; None for any other node."""
-    target, name = node.target, name_of(node)
+    target: Any = node.target
+    name = name_of(node)
     name = "neg" if target in (operator.neg, torch.neg) else name
     if target in (operator.mul, torch.mul, operator.truediv, torch.div, aten.mul.Tensor, aten.div.Tensor) or (
         node.op == "call_method" and target in ("mul", "div")
@@ -87,8 +88,8 @@ def _step(node: fx.Node, weight: _Weight) -> _Weight | None:
         return _scaled(node, weight, target)
     if source_of(node) is not weight.node or len(node.all_input_nodes) != 1:
         return None
-    rest = [*node.args[1:], *(v for k, v in node.kwargs.items() if k not in ("input", "self"))]
-    values = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple, torch.Size)) else rest
+    rest: list[Any] = [*node.args[1:], *(v for k, v in node.kwargs.items() if k not in ("input", "self"))]
+    values: list[Any] = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple, torch.Size)) else rest
     if name == "neg" and not rest:
         return replace(weight, node=node, scale=-weight.scale)
     if len(weight.dims) != 2 and name in ("contiguous", "clone", "detach", "alias") and not rest:
@@ -123,7 +124,7 @@ def _scaled(node: fx.Node, weight: _Weight, target: Any) -> _Weight | None:
     if len(node.args) != 2 or node.kwargs:
         return None
     first, second = node.args
-    number = second if first is weight.node else first
+    number: Any = second if first is weight.node else first
     divides = target in (operator.truediv, torch.div, aten.div.Tensor, "div")
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or number == 0:
         return None
@@ -141,7 +142,8 @@ def _resolved(sizes: Sequence[int], count: int) -> tuple[int, ...] | None:
 
 # -- what a product sums over ------------------------------------------------------------------------------------
 def _product(use: Use, node: fx.Node, weight: _Weight) -> ProductNode | NoMatch | None:
-    target = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
+    target: Any = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
+    bound: Any
     bias: object = None
     if target in _EINSUM:
         found = _einsum(use, node, weight)
@@ -231,7 +233,10 @@ def _tensordot(dims: Any, weight: _Weight) -> Contraction | None:
 
 
 def _einsum(use: Use, node: fx.Node, weight: _Weight) -> tuple[Any, Contraction | None] | NoMatch | None:
-    equation, *operands = node.args
+    given: list[Any] = [*node.args]
+    if not given:
+        return None
+    equation, operands = given[0], given[1:]
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     if not isinstance(equation, str) or len(operands) != 2 or node.kwargs or None in weight.dims:
