@@ -107,7 +107,12 @@ def graft_adapter(
     for tied in resolution.ties:
         tie(modules[tied.path], name, tied.attribute, copies[tied.trained], tied.name)
     state.adapters[name] = AdapterRecord(
-        spec, groups, resolution.train, ties=resolution.ties, parameters=resolution.parameters
+        spec,
+        groups,
+        resolution.train,
+        ties=resolution.ties,
+        parameters=resolution.parameters,
+        left=resolution.left,
     )
     set_active(adapted, [name])
     rebind_forwards(adapted, (modules[path] for path in state.adapters[name].owners))

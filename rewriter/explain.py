@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor, nn
@@ -102,6 +102,7 @@ class Explanation:
         rows: one `Row` per site, group of shared tensors and trained module, of all adapters.
         active: names of the active adapters; `weights` of those whose weight is not 1.
         base: number of base parameters.
+        left: adapter -> name -> why `all-linear` left it out.
     """
 
     rows: tuple[Row, ...]
@@ -109,6 +110,7 @@ class Explanation:
     base: int
     compiled: tuple[CompileNote, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
+    left: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -142,7 +144,14 @@ class Explanation:
         return (
             f"{out.getvalue()}{self.trainable:,} trainable parameters ({share:.4%} of {self.base:,}), "
             f"{self.bytes:,} bytes beside the base"
-        ) + "".join(f"\n{note}" for note in self.compiled)
+        ) + "".join(f"\n{note}" for note in (*self._left_out(), *self.compiled))
+
+    def _left_out(self) -> Iterator[str]:
+        """A line for each reason for which an adapter leaves something out."""
+        for adapter, left in self.left.items():
+            for reason in dict.fromkeys(left.values()):
+                names = [name for name, why in left.items() if why == reason]
+                yield f"{adapter!r} leaves out {listing(names, 4)}: {reason}"
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
@@ -213,4 +222,6 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(Row(name, "trained", path, "full", "", shapes, count, _bytes(held), record.created_by, told))
     unique = {id(p): p for m in modules.values() for p in m._parameters.values() if p is not None}
     base = sum(p.numel() for p in unique.values())
-    return Explanation(tuple(rows), state.active, base, tuple(root.__dict__.get(COMPILED, ())), dict(state.weights))
+    left = {name: dict(record.left) for name, record in state.adapters.items() if record.left}
+    notes = tuple(root.__dict__.get(COMPILED, ()))
+    return Explanation(tuple(rows), state.active, base, notes, dict(state.weights), left)

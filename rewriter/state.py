@@ -50,7 +50,7 @@ class Tie:
 @dataclass(frozen=True)
 class AdapterRecord:
     """One named adapter: its spec as given, its resolved sites, the modules and the single parameters trained with it,
-    and what follows them."""
+    and what follows them; `left` is what `all-linear` left out, and why."""
 
     spec: Spec
     groups: tuple[Group, ...]
@@ -58,6 +58,7 @@ class AdapterRecord:
     created_by: str = "graft"
     ties: tuple[Tie, ...] = ()
     parameters: tuple[str, ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
 
     def __deepcopy__(self, memo: Any) -> AdapterRecord:
         return self

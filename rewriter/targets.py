@@ -21,8 +21,9 @@ from .sites import NoMatch, Site
 from .spec import ALL_LINEAR, Spec, Target
 from .state import Tie, find_state
 from .targeting.fused_parts import Choice, names_of_parts, parts_called, whole_or_parts
+from .targeting.left_out import left_out_of
 from .targeting.no_products import refused_weights, why_none
-from .targeting.output_heads import output_heads
+from .targeting.output_heads import called_head, heads_with_reasons
 from .targeting.patterns import inside, is_name, matches, names_only, no_match
 from .targeting.routers import routers
 from .targeting.train_targets import check_parameters, check_ties, ties_of, to_train, with_ties
@@ -31,19 +32,23 @@ from .targeting.weight_products import Candidate, candidates_of, product_with, s
 
 @dataclass(frozen=True)
 class Resolution:
-    """The sites of a spec in model order, each with its method, and the modules and parameters to train in full."""
+    """The sites of a spec in model order, each with its method, and the modules and parameters to train in full.
+
+    `left` is what `all-linear` left out, and why.
+    """
 
     sites: tuple[tuple[Site, Method], ...]
     train: tuple[str, ...]
     ties: tuple[Tie, ...] = ()
     parameters: tuple[str, ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
 
 
 def _select(
     spec: Spec,
     modules: Mapping[str, nn.Module],
     candidates: Mapping[str, Candidate],
-    heads: set[str],
+    heads: Collection[str],
     train: tuple[str, ...],
     known: Collection[str],
 ) -> dict[str, Choice]:
@@ -53,9 +58,11 @@ def _select(
         target = given if isinstance(given, Target) else None
         pattern = target.pattern if target else str(given)
         if pattern == ALL_LINEAR:
-            apart = heads | routers(modules, (c.owner for c in candidates.values()))
+            apart = {*heads, *routers(modules, (c.owner for c in candidates.values()))}
             here = [n for n, c in candidates.items() if c.linear]
             hits = [n for n in here if not inside(candidates[n].owner, (*apart, *train))]
+            if known:  # saved while heads were told by their names alone
+                hits = [n for n in here if n in known or (n in hits and not called_head(candidates[n].owner))]
         else:
             hits = _hits(pattern, candidates, known)
             others = [n for n in modules if n and matches(n, pattern) and n not in candidates]
@@ -137,10 +144,12 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool
     modules = dict(base_modules(model))
     candidates = candidates_of(modules)
     train, parameters = to_train(spec, modules)
-    chosen = _select(spec, modules, candidates, output_heads(model), train, known)
+    heads = heads_with_reasons(model)
+    chosen = _select(spec, modules, candidates, heads, train, known)
 
     sites: list[tuple[Site, Method]] = []
     left_out: list[str] = []
+    unfit: list[tuple[str, str]] = []
     used_overrides: set[str] = set()
     for name, candidate in candidates.items():
         if name not in chosen:
@@ -152,6 +161,7 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool
         if isinstance(linear, NoMatch):
             if choice.asked:
                 raise TargetError(f"{name!r} cannot be adapted: {linear.reason}. Exclude it or choose other targets")
+            unfit.append((name or "the root", linear.reason))
             if is_linear(modules[candidate.owner]):
                 left_out.append(f"{name or 'the root'} ({linear.reason})")
             continue
@@ -182,7 +192,10 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool
     check_ties((site for site, _ in sites), ties)
     parameters = with_ties(model, parameters, ties, spec.keep_ties)
     check_parameters(sites, parameters)
-    return Resolution(tuple(sites), train, ties, parameters)
+    left: tuple[tuple[str, str], ...] = ()
+    if any((t.pattern if isinstance(t, Target) else t) == ALL_LINEAR for t in spec.targets):
+        left = left_out_of(modules, candidates, {c.owner for n, c in candidates.items() if n in chosen}, heads, train)
+    return Resolution(tuple(sites), train, ties, parameters, (*left, *unfit))
 
 
 def check_name(model: nn.Module, name: Any) -> None:

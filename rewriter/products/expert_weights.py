@@ -44,7 +44,7 @@ def contracted_dim(module: nn.Module, attribute: str) -> int | NoMatch:
 
 def is_experts(module: nn.Module, attribute: str) -> bool:
     """Whether a parameter is a stack of matrices that the module's own forward multiplies with."""
-    parameter = module._parameters.get(attribute)
+    parameter = dict(module._parameters.items()).get(attribute)  # of a scripted module it is no dict
     return parameter is not None and parameter.dim() == 3 and not isinstance(contracted_dim(module, attribute), NoMatch)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import AdapterError, CaptureError
+from ..modules.scripted import is_scripted
 from .bitsandbytes_layers import EightBit, FourBit
 from .hqq_layers import HQQ
 from .packed_layers import Packed
@@ -24,7 +25,7 @@ WEIGHT_OF = "fxgraft_dequantised"  # its weight in floating point
 
 def quantised(module: nn.Module) -> Quantised | None:
     """How a layer's weight is stored; None for one that is not quantised, or not in a way that is known."""
-    return next((kind for kind in KINDS if kind.holds(module)), None)
+    return None if is_scripted(module) else next((kind for kind in KINDS if kind.holds(module)), None)
 
 
 @dataclass(frozen=True)
