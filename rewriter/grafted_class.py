@@ -206,12 +206,21 @@ def class_for(
         adapters = [(site, slots[i].method, i in weights) for i, site in enumerate(sites)]
         graph = graft_graph(traced.graph, parameters, adapters)  # type: ignore[arg-type]
         layer: dict[str, Any] = {} if (kind := quantised(view)) is None else members(base, kind)
-        forward = compile_forward(graph, base, traced.reads, _renewed, layer.get(PRODUCT))
+        ways = [(absent, _way(other, parameters, adapters)) for absent, other in traced.ways]
+        forward = compile_forward(graph, base, traced.reads, _renewed, layer.get(PRODUCT), ways)
         reads = frozenset(read.path[0] for read in traced.reads if read.root is None)
         namespace = {**tied, "forward": forward, "fxgraft_graph": graph, "fxgraft_reads": reads, **layer}
         known = _class(key, base, namespace)
         weakref.finalize(known, linecache.cache.pop, forward.__code__.co_filename, None)
     return known
+
+
+def _way(graph: fx.Graph | None, parameters: Any, adapters: Any) -> fx.Graph | None:
+    """The graph of a call that leaves arguments out with the adapters in it; None where they cannot be."""
+    try:
+        return None if graph is None else graft_graph(graph, parameters, adapters)
+    except CaptureError:
+        return None
 
 
 def _class(key: tuple[Any, ...], base: type[nn.Module], namespace: Mapping[str, Any]) -> type[nn.Module]:

@@ -74,6 +74,16 @@ def _never_called(cls: type[nn.Module], attribute: str) -> frozenset[str]:
     return frozenset(read for read in reads if read.partition(".")[0] not in used)
 
 
+@functools.lru_cache(maxsize=2048)
+def _anywhere(cls: type[nn.Module], attribute: str) -> frozenset[str]:
+    """What any method of the class reads of children."""
+    found: set[str] = set()
+    for function in _methods(cls):
+        if _mentions(function.__code__, attribute):
+            _note_uses(function, found, set())
+    return frozenset(found)
+
+
 def _note_uses(function: Any, reads: set[str], used: set[str]) -> None:
     """Add to `reads` the children's attributes that a method reads, to `used` the children it does more with."""
     tree = _parsed(function)
@@ -211,15 +221,19 @@ def _forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return owner.forward(*args, **kwargs)
 
 
-def reader_of(modules: Mapping[str, nn.Module], owner: str, attribute: str) -> str | None:
-    """The path of the module above an owner that reads this parameter of it in every forward; None if none does."""
+def reader_of(modules: Mapping[str, nn.Module], owner: str, attribute: str, maybe: bool = False) -> str | None:
+    """The path of the module above an owner that reads this parameter of it in every forward; None if none does.
+
+    `maybe` is content with a read anywhere in the module's methods.
+    """
     parts = owner.split(".") if owner else []
     for depth in range(len(parts) - 1, -1, -1):
         path, within = ".".join(parts[:depth]), ".".join(parts[depth:])
         parent = modules.get(path)
         if parent is None:
             continue
-        for read in reads(base_class(parent), attribute):  # type: ignore[arg-type]
+        cls: Any = base_class(parent)
+        for read in _anywhere(cls, attribute) if maybe else reads(cls, attribute):
             if read == f"{within}.{attribute}" or read.startswith(f"{within}.{attribute}."):
                 return path
     return None

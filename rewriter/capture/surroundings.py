@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _create_wrapped_func
 
 from .library_code import is_library_name, runs_library_code
 from .reads import Read
@@ -35,6 +36,8 @@ _QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabl
               "is_exporting", "is_in_onnx_export", "is_deterministic_algorithms_warn_only_enabled",
               "are_deterministic_algorithms_enabled", "getenv"}  # fmt: skip
 _MODES = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
+#: the code of what torch.fx puts in a function's place that it is to keep whole
+_WRAPPED = _create_wrapped_func(len).__code__
 _CLOCKS = {"time", "datetime", "secrets", "uuid"}
 
 
@@ -146,6 +149,8 @@ class Surroundings:
             if not hasattr(value, chain[0]):
                 return
             root, path, value, chain = value, (chain[0],), getattr(value, chain[0]), chain[1:]
+        if getattr(value, "__code__", None) is _WRAPPED and not chain:
+            value = value.__wrapped__  # torch.fx keeps it whole (`torch.fx.wrap`), and puts it back
         if isinstance(value, (Tensor, fx.Proxy, fx.Node)) or id(value) in self._own:
             return
         if isinstance(value, nn.Module):

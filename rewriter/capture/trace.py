@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, listing
 from ..quantised.quantised import opaque_graph, quantised
+from .absent_arguments import Absent, ways
+from .known_functions import open_known
 from .multihead_attention import attention_graph, is_attention
 from .observation import Observation, is_bookkeeping, protected
 from .reads import Read
@@ -25,12 +27,15 @@ from .transposed_convolution import is_transposed, numbers_of, transposed_graph
 class Trace:
     """The traced forward of one module structure. `graph` is read only: copy before editing.
 
-    `reads` is what else the forward looked at; for a module where any of it is different the graph does not stand.
+    `ways` are the graphs of calls that leave arguments out, where these take another way; None for one that cannot be
+    followed. `reads` is what else the forward looked at; for a module where any of it is different the graph does not
+    stand.
     """
 
     graph: fx.Graph
     signature: tuple[Any, ...]
     reads: tuple[Read, ...] = ()
+    ways: tuple[tuple[Absent, fx.Graph | None], ...] = ()
 
     def fits(self, module: nn.Module) -> bool:
         return all(read.now(module) == read.frozen for read in self.reads)
@@ -175,17 +180,26 @@ def _make(module: nn.Module, structure: tuple[Any, ...]) -> Trace:
         return Trace(attention_graph(module), structure)
     if is_transposed(module):
         return Trace(transposed_graph(module), structure)
-    graphs, reads = [], {}
-    for training in (False, True):
-        graph, found = _run(module, training)
-        graphs.append(graph)
-        reads.update(found)
+    reads: dict[Any, Read] = {}
+
+    def traced(absent: Absent) -> fx.Graph:
+        graphs = []
+        for training in (False, True):
+            graph, found = _run(module, training, absent)
+            graphs.append(graph)
+            reads.update(found)
+        return _unify_modes(type(module).__name__, *graphs)
+
+    graph = traced(frozenset())
+    others = tuple(ways(module, graph, traced))
     values = tuple(reads.values())
     signature = (structure, frozenset((key, read.frozen) for key, read in reads.items()))
-    return Trace(_unify_modes(type(module).__name__, *graphs), signature, values)
+    for one in (graph, *(other for _, other in others if other is not None)):
+        open_known(one)
+    return Trace(graph, signature, values, others)
 
 
-def _run(module: nn.Module, training: bool) -> tuple[fx.Graph, dict[Any, Read]]:
+def _run(module: nn.Module, training: bool, absent: Absent) -> tuple[fx.Graph, dict[Any, Read]]:
     """The graph of one mode, and what the forward read."""
     name = type(module).__name__
     try:
@@ -200,7 +214,7 @@ def _run(module: nn.Module, training: bool) -> tuple[fx.Graph, dict[Any, Read]]:
     try:
         notes = Observation(module, twin, tracer)
         with Surroundings(twin) as around, _Factories(tracer):
-            graph = tracer.trace(twin)
+            graph = tracer.trace(twin, dict.fromkeys(absent)) if absent else tracer.trace(twin)
     except CaptureError as error:
         raise CaptureError(f"the forward of {name} cannot be a graph: {error}") from error
     except Exception as error:

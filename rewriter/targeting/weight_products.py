@@ -73,6 +73,8 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
         reader: str | None = candidate.owner.rpartition(".")[0]
     else:
         reader = reader_of(model_modules, candidate.owner, candidate.attribute)
+    if reader is None:
+        reader = _reader_by_trace(model_modules, candidate)
     if reader is not None:
         return _hosted(model_modules, candidate, reader)
     base = base_class(owner)
@@ -94,6 +96,21 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
     parameters = {n: p for n, p in owner._parameters.items() if p is not None}
     found = find_products(graph, parameters)[candidate.attribute]
     return found if isinstance(found, NoMatch) else found[0]
+
+
+def _reader_by_trace(modules: Mapping[str, nn.Module], candidate: Candidate) -> str | None:
+    """The module above that takes the weight on the way its forward goes here, and does not call the layer there."""
+    reader = reader_of(modules, candidate.owner, candidate.attribute, maybe=True)
+    if reader is None:
+        return None
+    try:
+        graph = trace(plain_view(modules[reader])).graph
+    except CaptureError:
+        return None
+    within = candidate.owner[len(reader) + 1 if reader else 0 :]
+    read = any(node.op == "get_attr" and node.target == f"{within}.{candidate.attribute}" for node in graph.nodes)
+    called = any(node.op == "call_module" and f"{within}.".startswith(f"{node.target}.") for node in graph.nodes)
+    return reader if read and not called else None
 
 
 def _stacked(owner: nn.Module, attribute: str) -> Stacked | NoMatch:
