@@ -24,7 +24,7 @@ from .modules.bias_slot import bias_slot
 from .modules.foreign_tuners import check_no_tuners
 from .modules.offloaded import check_reachable, loaded, shared_stores
 from .modules.placement import check_placed, place, replicate
-from .modules.quantised_sites import check_quantised
+from .modules.quantised_sites import check_quantised, guard_quantised
 from .modules.save_hook import take_over_saving
 from .modules.scripted import check_initialised
 from .modules.shards import check_unsharded, full, is_sharded
@@ -81,8 +81,9 @@ def graft_adapter(
     declared = declare(groups)
     if check is not None:
         check(plan(groups, declared, resolution.train, resolution.parameters, dict(base_modules(source))))
-    check_quantised(dict(base_modules(source)), groups, training=initialise)
+    check_quantised(dict(base_modules(source)), groups, resolution.train, training=initialise)
     adapted = copy_skeleton(source)
+    guard_quantised(dict(base_modules(adapted)))
     state = adapted.__dict__.setdefault(STATE, ModelState())
     if not state.adapters:
         state.trained = frozenset(n for n, p in base_parameters(source) if p.requires_grad)

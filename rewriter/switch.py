@@ -20,6 +20,7 @@ from .graft import check_forward, drop_adapter, planned
 from .grafted_class import HOSTED, restore_class
 from .modules.compiled_parts import tell_from_compiled
 from .modules.fast_paths import set_fast_paths
+from .modules.quantised_sites import release_quantised
 from .modules.save_hook import release_saving
 from .modules.unreached_sites import watch
 from .modules.wrappers import M, unwrap
@@ -159,6 +160,7 @@ def remove(model: nn.Module, name: str) -> None:
     if not state.adapters:
         del root.__dict__[STATE]
         release_saving(root)
+        release_quantised(modules)
         for n, parameter in base_parameters(root):
             parameter.requires_grad_(n in state.trained)
 

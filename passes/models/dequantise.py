@@ -76,6 +76,7 @@ def dequantised(
         kind = kinds[path]
         wanted = dtype or (floating[0].dtype if floating else kind.dtype(module))
         weight = kind.weight(module).to(wanted)
+        kind.release(module)
         _become_linear(module, weight, None if module.bias is None else module.bias.detach().to(wanted))
     if marks and len(chosen) == len(kinds):
         _unmark(root)
@@ -90,7 +91,7 @@ def _become_linear(module: nn.Module, weight: Tensor, bias: Tensor | None) -> No
         plain._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     held = module.__dict__
     kept = {k: v for k, v in held.items() if k in ("training", "_modules") or k.endswith("_hooks") or "fxgraft" in k}
-    kept = {k: v for k, v in kept.items() if k not in ("fxgraft_unpacked", "fxgraft_layout", "_state_dict_hooks",
+    kept = {k: v for k, v in kept.items() if k not in ("fxgraft_layout", "_state_dict_hooks",
                                                        "_load_state_dict_pre_hooks")}  # fmt: skip
     held.clear()
     held.update({**plain.__dict__, **kept})

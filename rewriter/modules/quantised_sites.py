@@ -10,15 +10,25 @@ from torch import nn
 from ..errors import TargetError
 from ..quantised.quantised import quantised
 from ..state import Group
+from ..targeting.patterns import inside
 
 
-def check_quantised(modules: Mapping[str, nn.Module], groups: Sequence[Group], training: bool) -> None:
+def check_quantised(
+    modules: Mapping[str, nn.Module], groups: Sequence[Group], train: Sequence[str], training: bool
+) -> None:
     """Raise where a layer that is to be trained through gives its input no gradient; say what a method costs that
     multiplies with the weight itself.
 
     Raises:
-        TargetError: a quantised layer without a gradient.
+        TargetError: a quantised layer without a gradient, or one that is to be trained in full.
     """
+    for path in train:
+        found = [(name, kind) for name, m in modules.items() if inside(name, [path]) and (kind := quantised(m))]
+        if found:
+            raise TargetError(
+                f"train={path!r}: {found[0][0]!r} is stored as {found[0][1].name}, and such weights cannot be trained. "
+                "Adapt it as a target, or train it in fg.dequantise(model)"
+            )
     dense: dict[str, int] = {}
     for group in groups:
         for site in group.sites:
@@ -40,3 +50,17 @@ def check_quantised(modules: Mapping[str, nn.Module], groups: Sequence[Group], t
             "methods leave them as they are",
             stacklevel=4,
         )
+
+
+def guard_quantised(modules: Mapping[str, nn.Module]) -> None:
+    """Keep the quantised layers of a copy from cutting off gradients, those without an adapter too."""
+    for module in modules.values():
+        if (kind := quantised(module)) is not None:
+            kind.guard(module)
+
+
+def release_quantised(modules: Mapping[str, nn.Module]) -> None:
+    """Undo `guard_quantised`."""
+    for module in modules.values():
+        if (kind := quantised(module)) is not None:
+            kind.release(module)

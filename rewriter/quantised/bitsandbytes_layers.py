@@ -108,7 +108,17 @@ class FourBit(Quantised):
         if "module" in alias.__dict__:
             alias.module = None  # the layer that it was quantised in: not this copy's
         if (kept := module.__dict__.get(_KEPT)) is not None:
-            memo[id(kept)] = kept
+            memo[id(kept)] = (kept[0], _own(kept[1]))
+
+    def guard(self, module: Any) -> None:
+        if getattr(module, "support_avx512bf16_for_cpu", False) and _before not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_before)
+
+    def release(self, module: Any) -> None:
+        module.__dict__.pop(_KEPT, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _before:
+                del module._forward_pre_hooks[key]
 
     def product(self, module: Any, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         x = args[0]
@@ -139,6 +149,12 @@ class FourBit(Quantised):
         module.weight = fresh.to(data.device)
         module.quant_state = module.weight.quant_state
         module.__dict__.pop(_KEPT, None)
+
+
+def _before(module: nn.Module, args: Any) -> None:
+    """What a grafted layer does for itself, before the forward of one without an adapter."""
+    if args and args[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        FourBit()._for_this_call(module, args[0])
 
 
 class EightBit(Quantised):

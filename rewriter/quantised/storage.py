@@ -58,6 +58,14 @@ class Quantised(abc.ABC):
         """Note in the memo of a deep copy what the copy of a module shares with it: all that no forward writes."""
         memo.update({id(buffer): buffer for buffer in module._buffers.values() if buffer is not None})
 
+    def guard(self, module: nn.Module) -> None:
+        """Keep a layer of a copy, with an adapter or without, from losing the gradient of its input."""
+        return
+
+    def release(self, module: nn.Module) -> None:
+        """Undo `guard`."""
+        return
+
     def product(self, module: nn.Module, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """The layer's own forward, kept from doing what would change its gradients."""
         return forward(module, *args)

@@ -95,6 +95,7 @@ def test_lives_like_any_adapter(kind, name, tmp_path):
     near(plain(x), after)
     fg.remove(ours, "default")
     assert [type(m) for m in ours.modules()] == [type(m) for m in model.modules()]
+    assert not any(m._forward_pre_hooks for m in ours.modules())
     assert torch.equal(ours(x), before)
     assert torch.equal(model(x), before)
 
@@ -208,3 +209,60 @@ def test_base_weights_are_shared(kind):
     model(torch.randn(2, FEATURES))
     adapted(torch.randn(2, FEATURES))
     assert tensors(adapted.up) == tensors(model.up)
+
+
+def test_gradients_pass_a_layer_without_an_adapter_after_an_evaluation():
+    model = mlp("nf4")
+    ours, theirs = (fg.rewrite(m, fg.Spec(fg.LoRA(2), ["up"])) for m in (model, twin(model)))
+    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if "fxgraft" in k}, strict=False)
+    x = torch.randn(3, FEATURES)
+    with torch.no_grad():
+        ours.eval()(x)
+    gradients = []
+    for adapted in (ours.train(), theirs):
+        adapted(x).square().sum().backward()
+        gradients.append(next(p.grad for n, p in adapted.named_parameters() if p.requires_grad and n.endswith("B")))
+    near(*gradients)
+
+
+def test_a_quantised_layer_cannot_be_trained_in_full(kind):
+    said = (
+        r"train='up'|'up'.*no parameters|matches" if kind in ("gptq", "awq") else r"'up' is stored as .*fg.dequantise"
+    )
+    with pytest.raises(fg.TargetError, match=said):
+        fg.rewrite(mlp(kind), fg.Spec(fg.LoRA(2), ["down"], train=["up"]))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao int4"])
+def test_its_bias_can_be_trained(kind):
+    model = mlp(kind)
+    adapted = fg.rewrite(model, fg.Spec(fg.LoRA(2), ["up"], train=["up.bias"]))
+    bias = next(p for n, p in adapted.named_parameters() if n.endswith("trained_parameters.bias"))
+    x = torch.randn(3, FEATURES)
+    adapted(x).square().sum().backward()
+    assert bias.grad is not None and bias.grad.any()
+    with torch.no_grad():
+        bias.add_(torch.randn_like(bias))
+    near(fg.merge(adapted, dtype=torch.float32)(x), adapted(x))
+    assert not torch.allclose(adapted(x), model(x))
+
+
+def test_adapters_add_up_and_copies_do_not_meet(kind):
+    """A second adapter's model is a copy of the first's: evaluating one packs nothing of the other."""
+    first = fg.rewrite(mlp(kind), fg.Spec(fg.LoRA(2), TARGETS), name="a")
+    both = fg.rewrite(first, fg.Spec(fg.VeRA(4), ["up"]), name="b")
+    with torch.no_grad():
+        for parameter in both.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        fg.set_active(both, {"a": 0.5, "b": -0.3})
+        x = torch.randn(3, FEATURES)
+        wanted = both(x)
+        near(fg.merge(both, dtype=torch.float32)(x), wanted)
+        both.eval()(x)
+        third = fg.rewrite(both, fg.Spec(fg.LoRA(2), ["down"]), name="c").train()
+        fg.set_active(third, {"a": 0.5, "b": -0.3})
+        assert torch.equal(third(x), wanted)
+        both.eval()(x)
+        assert torch.equal(third(x), wanted)
+        assert torch.equal(both.train()(x), wanted)
