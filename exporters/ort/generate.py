@@ -11,7 +11,7 @@ import torch
 from ...rewriter.errors import SessionError
 from ..adapterfiles.ort_values import TYPES, Device, TensorInfo, to_ort
 from ..onnx.cache.cache_layers import BATCH, PAST, PRESENT
-from ..onnx.cache.cache_plan import IDS, MASK, CachePlan
+from ..onnx.cache.cache_plan import EMBEDS, IDS, MASK, CachePlan
 from ..onnx.cache.cached_seq2seq import CROSS, DECODER_IDS, SOURCE
 from .feeds import Array, check_inputs
 
@@ -21,22 +21,40 @@ Step = Callable[[Mapping[str, Array], Mapping[str, Any], Sequence[str], bool], t
 
 
 def check_prompt(
-    input_ids: Any, attention_mask: Any, max_new_tokens: Any, graph: Mapping[str, TensorInfo]
+    input_ids: Any, attention_mask: Any, max_new_tokens: Any, graph: Mapping[str, TensorInfo], before: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The prompt's ids and mask `(batch, sequence)` int64. Raises `SessionError` where they do not fit or the graph has
-    no cache."""
+    """The prompt's ids and mask `(batch, sequence)` int64, with `before` embeddings in front of the ids. Raises
+    `SessionError` where they do not fit or the graph has no cache."""
     if not any(name.startswith(PAST) for name in graph):
         raise SessionError("the graph has no key-value cache to generate with: export it with cache=True")
     _check_count(max_new_tokens)
     ids = np.asarray(input_ids)
-    mask = np.ones(ids.shape, np.int64) if attention_mask is None else np.asarray(attention_mask)
+    whole = (*ids.shape[:1], before + ids.shape[-1]) if before else ids.shape
+    mask = np.ones(whole, np.int64) if attention_mask is None else np.asarray(attention_mask)
     if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
         raise SessionError(f"input_ids is {ids.dtype} {ids.shape}: give whole numbers (batch, sequence), one at least")
-    if mask.shape != ids.shape:
-        raise SessionError(f"attention_mask is {mask.shape}, input_ids {ids.shape}: they have one shape")
+    if mask.shape != whole:
+        also = f" behind {before} embeddings: it covers both" if before else ": they have one shape"
+        raise SessionError(f"attention_mask is {mask.shape}, input_ids {ids.shape}{also}")
     if not (mask[:, -1] != 0).all():
         raise SessionError("the last token of every row is continued: pad prompts on the left (padding_side='left')")
     return ids.astype(np.int64), mask.astype(np.int64)
+
+
+def check_embeds(embeds: Any, ids: Any, graph: Mapping[str, TensorInfo]) -> np.ndarray | None:
+    """The embeddings that come before the ids, None for a graph that takes none. Raises `SessionError` where they do
+    not fit."""
+    if EMBEDS not in graph:
+        if embeds is not None:
+            raise SessionError(f"the graph takes no {EMBEDS!r}: export it with {EMBEDS!r} in the example")
+        return None
+    info = graph[EMBEDS]
+    if embeds is None:
+        return _empty(info, {BATCH: len(ids)}).numpy()
+    array = check_inputs({EMBEDS: embeds}, {EMBEDS: info}, bank=False)[EMBEDS]
+    if len(array) != len(ids):
+        raise SessionError(f"{EMBEDS!r} has {len(array)} rows, input_ids {len(ids)}")
+    return np.asarray(array)
 
 
 def _check_count(max_new_tokens: Any) -> None:
@@ -141,6 +159,7 @@ def greedy(
     max_new_tokens: int,
     ends: Sequence[int],
     pad: int,
+    embeds: np.ndarray | None = None,
 ) -> np.ndarray:
     """The prompt and the most likely token after it, again and again; a row that has ended is filled with `pad`."""
     pairs = {name: PRESENT + name.removeprefix(PAST) for name in graph if name.startswith(PAST)}
@@ -152,8 +171,11 @@ def greedy(
         size = graph[IDS].shape[1]
         size = size if isinstance(size, int) else tokens.shape[1]  # one by one where the graph takes them so
         for start in range(0, tokens.shape[1], size):
-            seen = np.concatenate([seen, new[:, start : start + size]], axis=1)
+            piece = new if embeds is not None else new[:, start : start + size]
+            seen = np.concatenate([seen, piece], axis=1)
             inputs = {IDS: tokens[:, start : start + size], MASK: seen}
+            if embeds is not None:  # the first time all of them, then none
+                inputs[EMBEDS] = embeds if seen.shape[1] == mask.shape[1] else embeds[:, :0]
             logits, kept = step(inputs, cache, list(pairs.values()), True)
             cache = {past: kept[present] for past, present in pairs.items()}
         return logits, dict(cache)

@@ -22,7 +22,7 @@ from ..onnx.verify import verify as repeat_checks
 from .active import active_values
 from .adapter_cache import AdapterCache, AdapterStats, LoadedAdapter, Source
 from .feeds import Array, check_ids, check_inputs
-from .generate import check_prompt, check_source, greedy, greedy_from, source_sizes
+from .generate import check_embeds, check_prompt, check_source, greedy, greedy_from, source_sizes
 from .providers import Provider, device_of, start
 from .read_adapters import AdapterReader
 from .session_bank import Bank, room
@@ -250,6 +250,7 @@ class OrtSession:
         attention_mask: Any = None,
         *,
         decoder_input_ids: Any = None,
+        inputs_embeds: Any = None,
         max_new_tokens: int = 64,
         adapter: str | Sequence[str] | Mapping[str, float] | None = None,
         adapter_ids: Sequence[str | int | None] | np.ndarray | None = None,
@@ -261,6 +262,8 @@ class OrtSession:
         input_ids       (batch, sequence) token ids, shorter prompts padded on the left; `attention_mask` has zeros
                         there. Of an encoder-decoder the source, padded on either side, or its features.
         decoder_input_ids  what an encoder-decoder has said already, (batch, sequence); None is its first token.
+        inputs_embeds   of a graph that takes embeddings: the text before `input_ids` (batch, embedded, width), image
+                        features in their places. The mask covers both.
         max_new_tokens  how many tokens to add at most.
         adapter         as for `run`, for the whole generation: an adapter replaced meanwhile is used to the end.
         adapter_ids     as for `run`, of a graph with a bank.
@@ -276,7 +279,9 @@ class OrtSession:
         elif decoder_input_ids is not None:
             raise SessionError("decoder_input_ids is for an encoder-decoder; give the whole prompt as input_ids")
         else:
-            source, (ids, mask) = {}, check_prompt(input_ids, attention_mask, max_new_tokens, self.inputs)
+            source, embeds = {}, check_embeds(inputs_embeds, input_ids, self.inputs)
+            before = 0 if embeds is None else embeds.shape[1]
+            ids, mask = check_prompt(input_ids, attention_mask, max_new_tokens, self.inputs, before)
         ends = [] if eos_token_id is None else list(np.atleast_1d(eos_token_id))
         pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
         with self._chosen(source or {"input_ids": ids}, adapter, adapter_ids) as (slots, values):
@@ -292,7 +297,7 @@ class OrtSession:
                 held = {name: to_ort(array, self.device) for name, array in source.items()}
                 sizes = source_sizes(told, source)
                 return greedy_from(held, sizes, step, self.inputs, self.device, ids, max_new_tokens, ends, pad)
-            return greedy(step, self.inputs, self.device, ids, mask, max_new_tokens, ends, pad)
+            return greedy(step, self.inputs, self.device, ids, mask, max_new_tokens, ends, pad, embeds)
 
     @contextmanager
     def _chosen(

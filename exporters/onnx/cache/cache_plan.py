@@ -12,6 +12,8 @@ from ....backends.artifact.signature import Axes
 from .cache_layers import PAST, PRESENT, SEQUENCE, TOKENS, CacheLayer
 
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
+#: What comes before the ids as it is, image features among it, and its size.
+EMBEDS, EMBEDDED = "inputs_embeds", "embedded"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class CachePlan:
     """What the cache of a model is, layer by layer, as a graph's manifest tells it.
 
     An encoder-decoder has `cross` layers of what its decoder attends to of the `source`, the encoder's input (token ids
-    if `reads_tokens`, with a mask if `masked`), and begins with the token `start`.
+    if `reads_tokens`, with a mask if `masked`), and begins with the token `start`. With `embeds` a decoder takes the
+    embeddings of a part of its text, before its ids.
     """
 
     layers: tuple[CacheLayer, ...]
@@ -28,6 +31,7 @@ class CachePlan:
     reads_tokens: bool = False
     masked: bool = False
     start: int | None = None
+    embeds: bool = False
 
     @classmethod
     def told(cls, cache: Any) -> CachePlan:
@@ -39,7 +43,7 @@ class CachePlan:
 
     def told_as(self) -> Any:
         layers = [layer.told_as() for layer in self.layers]
-        if self.cross:
+        if self.cross or self.embeds:
             return {**asdict(self), "layers": layers, "cross": [layer.told_as() for layer in self.cross]}
         return len(layers) if all(layer == CacheLayer() for layer in self.layers) else {"layers": layers}
 
@@ -55,7 +59,8 @@ class CachePlan:
     @property
     def total(self) -> str:
         """The size of the mask."""
-        return f"{TOKENS} + {1 if self.stepwise else SEQUENCE}"
+        new = "1" if self.stepwise else SEQUENCE
+        return f"{TOKENS} + {EMBEDDED} + {new}" if self.embeds else f"{TOKENS} + {new}"
 
     @property
     def inputs(self) -> Axes:

@@ -17,7 +17,7 @@ from torch import nn
 from ....rewriter.calls.forward_inputs import NAMES, OWN_CLASS, release_inputs, take_inputs
 from ....rewriter.capture.skeleton import copy_skeleton
 from .cache_layers import PAST, PRESENT
-from .cache_plan import IDS, MASK, POSITIONS, CachePlan
+from .cache_plan import EMBEDS, IDS, MASK, POSITIONS, CachePlan
 from .cached_seq2seq import seq2seq_class
 
 #: What a model calls its cache.
@@ -30,7 +30,8 @@ def cached(model: nn.Module, plan: CachePlan) -> nn.Module:
     forward(input_ids (batch, sequence), attention_mask (batch, past + sequence), past_key_<i>, past_value_<i> (batch,
     heads, past, width)) gives {"logits": (batch, sequence, vocabulary), "present_key_<i>", "present_value_<i>": (batch,
     heads, past + sequence, width)}; `cache_layers` says what other layers have. Positions are counted along the mask,
-    so rows may be padded on the left. Of an encoder-decoder see `cached_seq2seq`.
+    so rows may be padded on the left. With `plan.embeds` there is inputs_embeds (batch, embedded, width) too, the text
+    before the ids with its image features. Of an encoder-decoder see `cached_seq2seq`.
     """
     twin = copy_skeleton(model).train(model.training)
     names = twin.__dict__.get(NAMES, ())
@@ -58,11 +59,15 @@ def _class(own: type[nn.Module], plan: CachePlan) -> type[nn.Module]:
 
     def forward(self: nn.Module, **given: torch.Tensor) -> dict[str, torch.Tensor]:
         ids, mask = given[IDS], given[MASK]
-        more = {POSITIONS: counted(mask, ids.shape[1])} if takes_positions else {}
-        cache = plan.filled(given, mask.shape[1] - ids.shape[1])
+        new = {IDS: ids}
+        if plan.embeds:
+            new = {EMBEDS: torch.cat([given[EMBEDS], self.get_input_embeddings()(ids)], dim=1)}  # type: ignore[operator]
+        length = next(iter(new.values())).shape[1]
+        more = {POSITIONS: counted(mask, length)} if takes_positions else {}
+        cache = plan.filled(given, mask.shape[1] - length)
         # A model without attention has no past to hide, and takes the mask of what is new.
-        seen = mask if called == CACHES[0] else mask[:, -ids.shape[1] :]
-        output = own.forward(self, **{IDS: ids, MASK: seen, called: cache, "use_cache": True}, **more)
+        seen = mask if called == CACHES[0] else mask[:, -length:]
+        output = own.forward(self, **new, **{MASK: seen, called: cache, "use_cache": True}, **more)
         tensors = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
         tensors |= plan.held(output[called], PRESENT)
         if plan.stepwise:
@@ -73,8 +78,9 @@ def _class(own: type[nn.Module], plan: CachePlan) -> type[nn.Module]:
                 tensors[name] = torch.where(rows, tensors[name], given[PAST + name.removeprefix(PRESENT)])
         return tensors
 
+    embeds = [EMBEDS] if plan.embeds else []
     grown = {name for name, axes in plan.outputs.items() if 2 in axes}
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind) for name in ("self", IDS, MASK, *plan.inputs)]
+    parameters = [inspect.Parameter(name, kind) for name in ("self", *embeds, IDS, MASK, *plan.inputs)]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return type(own.__name__, (own,), {"__module__": own.__module__, "forward": forward})

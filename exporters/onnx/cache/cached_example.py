@@ -14,7 +14,7 @@ from ....backends.artifact.parity import tolerance_of
 from ....backends.artifact.signature import Axes
 from ....rewriter.errors import ExportError
 from .cache_layers import BATCH, KINDS, PAST, PRESENT, SEQUENCE, CacheLayer
-from .cache_plan import IDS, MASK, POSITIONS, CachePlan
+from .cache_plan import EMBEDDED, EMBEDS, IDS, MASK, POSITIONS, CachePlan
 from .cached_decoder import cache_name, cached, counted
 from .seq2seq_example import seq2seq_example
 
@@ -52,11 +52,13 @@ def cached_example(model: nn.Module, example_inputs: Any) -> CachedExample:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return _of_seq2seq(model, example_inputs)
     given = example_inputs if isinstance(example_inputs, Mapping) else dict(zip((IDS, MASK), example_inputs))  # noqa: B905
-    unknown = [name for name in given if name not in (IDS, MASK)]
+    unknown = [name for name in given if name not in (IDS, MASK, EMBEDS)]
+    embeds = given.get(EMBEDS) is not None
     ids = given.get(IDS)
     if unknown or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         raise ExportError(
-            f"cache=True takes example_inputs with {IDS!r} (batch, sequence) and {MASK!r}, which may be left out; "
+            f"cache=True takes example_inputs with {IDS!r} (batch, sequence) and {MASK!r}, which may be left out, "
+            f"and {EMBEDS!r} where a part of the text comes as embeddings (image features among them); "
             f"{f'{unknown[0]!r} is neither' if unknown else f'{IDS!r} is missing or no matrix'}. Positions are counted "
             "in the graph, the cache is added by itself"
         )
@@ -67,13 +69,18 @@ def cached_example(model: nn.Module, example_inputs: Any) -> CachedExample:
         )
     half = ids.shape[1] // 2
     past = _filled_by(model, ids[:, :half])
-    plan = CachePlan(tuple(CacheLayer.of(layer, _positions(model)) for layer in past.layers))
+    plan = CachePlan(tuple(CacheLayer.of(layer, _positions(model)) for layer in past.layers), embeds=embeds)
+    if embeds:
+        _check_embeds(model, plan, given[EMBEDS], len(ids))
     # A copy: torch.export writes the base of a view into its guards, and cannot find it again.
     new = ids[:, half : half + 1 if plan.stepwise else None].clone()
     tokens = max(half, plan.window + 1 if plan.window else 0)
     # Whatever padding the example has: a query that may see nothing, as on the left, has no defined result to compare.
     inputs = {IDS: new, MASK: ids.new_ones(len(ids), tokens + new.shape[1])}
     axes = {IDS: {0: BATCH} if plan.stepwise else {0: BATCH, 1: SEQUENCE}, MASK: {0: BATCH, 1: plan.total}}
+    if embeds:
+        inputs[EMBEDS], axes[EMBEDS] = given[EMBEDS].clone(), {0: BATCH, 1: EMBEDDED}
+        inputs[MASK] = ids.new_ones(len(ids), tokens + given[EMBEDS].shape[1] + new.shape[1])
     axes |= plan.inputs
     for name, tensor in plan.held(past, PAST).items():
         size = {f"min(past, {layer.window - 1})": min(tokens, layer.window - 1) for layer in plan.layers}
@@ -118,6 +125,29 @@ def _filled_by(model: nn.Module, ids: torch.Tensor) -> Any:
     return past
 
 
+def _check_embeds(model: nn.Module, plan: CachePlan, embeds: Any, rows: int) -> None:
+    """Raise `ExportError` where embeddings are no part of a text like any other."""
+    kind = type(model).__name__
+    if not isinstance(embeds, torch.Tensor) or embeds.dim() != 3 or len(embeds) != rows or embeds.shape[1] < 2:
+        raise ExportError(
+            f"cache=True needs {EMBEDS!r} (batch, embedded, width) of as many rows as {IDS!r} and at least 2 columns; "
+            f"it is {tuple(getattr(embeds, 'shape', ()))}"
+        )
+    why = ""
+    if plan.stepwise:
+        why = "has a recurrence and takes one token at a time"
+    elif any(hasattr(module, "get_rope_index") for module in model.modules()):
+        why = "counts the positions of an image in a plane, which its embeddings do not tell"
+    elif "token_type_ids" in inspect.signature(type(model).forward).parameters and hasattr(
+        model.config, "vision_config"
+    ):
+        why = "looks both ways within an image or a prompt, which its embeddings do not tell"
+    elif EMBEDS not in inspect.signature(type(model).forward).parameters:
+        why = f"takes no {EMBEDS!r}"
+    if why:
+        raise ExportError(f"cache=True with {EMBEDS!r}: {kind} {why}. Export it for ids alone, or without cache=True")
+
+
 def _positions(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -150,7 +180,11 @@ def _hold(
         ends = range(1, ids.shape[1] + 1) if plan.stepwise else (ids.shape[1] - 1, ids.shape[1])
         start = 0
         for end in ends:
-            output = module(**{IDS: ids[:, start:end], MASK: mask[:, :end]}, **cache)
+            new = {IDS: ids[:, start:end], MASK: mask[:, :end]}
+            if plan.embeds:  # all but the last of the new tokens
+                new[EMBEDS] = model.get_input_embeddings()(ids[:, start : end - 1])  # type: ignore[operator]
+                new[IDS] = ids[:, end - 1 : end]
+            output = module(**new, **cache)
             cache = {name: output[PRESENT + name.removeprefix(PAST)] for name in cache}
             start = end
     got = output["logits"][:, -1]

@@ -17,8 +17,8 @@ from fxgraft.rewriter.errors import SessionError
 
 NEW = 24
 CHEAP = {"gemma3", "jamba"}
-#: Their state lies in their modules, and generate() itself goes by it.
-REFUSED = {"recurrent_gemma"}
+#: RecurrentGemma keeps its state in its modules; Llama 4 turns positions with complex numbers, which ONNX has not.
+REFUSED = {"recurrent_gemma", "llama4"}
 
 
 @pytest.mark.parametrize(
@@ -172,3 +172,51 @@ def test_layers_that_choose_what_they_keep_are_refused(tmp_path):
     model.__class__ = Chooses
     with pytest.raises(fg.ExportError, match="layers of ChoosingLayer, which choose by values"):
         fg.export_onnx(model, tmp_path / "m.onnx", models.tokens(2, 8), cache=True)
+
+
+def test_embeddings_come_before_the_ids(tmp_path):
+    """As of a model with images: their features stand among the embeddings of a text, and generation goes on."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = LlamaConfig(**{**decoders.SIZES, "num_hidden_layers": 1})
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=99, image_seq_length=4)
+    base = LlavaForConditionalGeneration(config).eval()
+    adapted = models.graft(base, [r"re:.*language_model.*(q|v)_proj"], rank=3)
+    ids = torch.randint(4, 98, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids[:, 1:5] = 99
+    mask = torch.ones_like(ids)
+    ids[1, 0], mask[1, 0] = 0, 0
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        features = adapted.model.get_image_features(pixel_values=pixels).pooler_output
+        embeds = adapted.get_input_embeddings()(ids)
+        embeds[:, 1:5] = torch.stack(list(features)) if isinstance(features, (tuple, list)) else features
+        want = decoders.by_torch(adapted, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}, 12)
+    example = {"inputs_embeds": embeds, "input_ids": ids.clamp(max=98)}
+    export = fg.export_onnx(adapted, tmp_path / "m.onnx", example, cache=True)
+    assert export.inputs["inputs_embeds"] == ("batch", "embedded", 32)
+    assert export.inputs["attention_mask"] == ("batch", "past + embedded + sequence")
+    session = fg.OrtSession(export.path, threads=1)
+    got = session.generate(ids[:, 7:], mask, inputs_embeds=embeds[:, :7], max_new_tokens=12)
+    np.testing.assert_array_equal(got[:, 2:], want[:, 9:])
+    with pytest.raises(SessionError, match="behind 7 embeddings: it covers both"):
+        session.generate(ids[:, 7:], mask[:, 1:], inputs_embeds=embeds[:, :7])
+
+
+def test_embeddings_that_say_too_little_are_refused(tmp_path):
+    embeds, ids = torch.randn(2, 4, 32), models.tokens(2, 8)["input_ids"]
+    llama = decoders.build("llama", num_hidden_layers=1)
+    planar = decoders.build("llama", num_hidden_layers=1)
+    planar.model.get_rope_index = lambda: None
+    for model, given, said in (
+        (decoders.build("mamba", num_hidden_layers=1), embeds, "MambaForCausalLM has a recurrence and takes one token"),
+        (planar, embeds, "counts the positions of an image in a plane, which its embeddings do not tell"),
+        (llama, embeds[:1], "of as many rows as 'input_ids' and at least 2 columns; it is"),
+    ):
+        with pytest.raises(fg.ExportError, match=said):
+            fg.export_onnx(model, tmp_path / "m.onnx", {"input_ids": ids, "inputs_embeds": given}, cache=True)
+    assert list(tmp_path.iterdir()) == []

@@ -180,7 +180,7 @@ def test_what_cannot_have_a_cache(tmp_path):
         (models.bert(), models.tokens(2, 8), "gives no key-value cache for the example"),
         (models.llama(), {"input_ids": torch.ones(1, 8).long()}, "at least 2 rows of 4 tokens.* is 1 x 8"),
         (models.llama(), {"input_ids": torch.ones(2, 3).long()}, "at least 2 rows of 4 tokens.* is 2 x 3"),
-        (models.llama(), {"inputs_embeds": torch.ones(2, 8, 32)}, "'inputs_embeds' is neither"),
+        (models.llama(), {"inputs_embeds": torch.ones(2, 8, 32)}, "'input_ids' is missing or no matrix"),
     ]
     for model, example, said in cases:
         with pytest.raises(fg.FxgraftError, match=said):
