@@ -104,8 +104,8 @@ class Spec(Config):
     Args:
         method: the config of the method, e.g. `LoRA(rank=8)`.
         targets: name endings (`"query"`), globs (`"encoder.layer.0.*"`), regular expressions that match the whole
-            name (`"re:.*layer\\.[0-5]\\..*query"`), `"all-linear"` (every linear but the output head), or `Target` for
-            parts of a fused weight. Each must match something.
+            name (`"re:.*layer\\.[0-5]\\..*query"`), `"all-linear"` (every linear but the output head, and no
+            convolution), or `Target` for parts of a fused weight. Each must match something.
         exclude: patterns taken out of the matches.
         train: modules that are trained in full and saved with the adapter (task heads, embeddings, lists of modules);
             where a pattern matches no module, single parameters (`"*.bias"` is BitFit).
