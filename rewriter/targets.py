@@ -22,7 +22,7 @@ from .spec import ALL_LINEAR, Spec, Target
 from .state import Tie, find_state
 from .targeting.fused_parts import Choice, names_of_parts, parts_called, whole_or_parts
 from .targeting.left_out import left_out_of
-from .targeting.no_products import refused_weights, why_none
+from .targeting.no_products import computed_weight, refused_weights, why_none
 from .targeting.output_heads import called_head, heads_with_reasons
 from .targeting.patterns import inside, is_name, matches, names_only, no_match
 from .targeting.routers import routers
@@ -110,6 +110,9 @@ def _select(
 
 def _refuse_kinds(pattern: str, modules: Mapping[str, nn.Module]) -> None:
     """Raise where a pattern names a module without products, or a weight of one."""
+    for name, module in modules.items():
+        if name and matches(name, pattern) and (why := computed_weight(module)) is not None:
+            raise TargetError(f"target {pattern!r}: {name!r} cannot be adapted: {why}. Or exclude it")
     for name, module in refused_weights(modules):
         if matches(name, pattern):
             raise TargetError(
@@ -162,7 +165,7 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool
             if choice.asked:
                 raise TargetError(f"{name!r} cannot be adapted: {linear.reason}. Exclude it or choose other targets")
             unfit.append((name or "the root", linear.reason))
-            if is_linear(modules[candidate.owner]):
+            if is_linear(modules[candidate.owner]) and computed_weight(modules[candidate.owner]) is None:
                 left_out.append(f"{name or 'the root'} ({linear.reason})")
             continue
         if not choice.asked and not linear.product.linear:
@@ -181,6 +184,15 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool
     for pattern in spec.overrides:
         if pattern not in used_overrides:
             raise no_match("override", pattern, [answer for site, _ in sites for answer in site.answers])
+    if ALL_LINEAR in spec.targets:
+        left_out += [
+            f"{path} ({why})"
+            for path, module in modules.items()
+            if isinstance(module, nn.Linear)
+            and (why := computed_weight(module)) is not None
+            and not inside(path, train)
+            and not any(matches(path, pattern) for pattern in spec.exclude)
+        ]
     if left_out and sites:
         warnings.warn(f"{ALL_LINEAR!r} left out {len(left_out)} layer(s): {'; '.join(left_out[:4])}", stacklevel=3)
     if not sites:
