@@ -54,6 +54,8 @@ def merge(
     """A new plain model of the original module types with the adapters folded in; `adapted` stays as it is.
 
     Weights without an adapter share the base's memory. Parameters require grad as they did before the first rewrite.
+    A merged `nn.TransformerEncoder` takes PyTorch's fused path in eval mode again where the base does: that gives zeros
+    at padded positions, where the adapted model, like the base in training, has values that mean nothing.
     A layer without a bias gets one where an adapter adds one (GLoRA's C and E).
 
     Args:
