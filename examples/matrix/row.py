@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxgraft as fg
-from fxgraft.rewriter.targeting.output_heads import output_heads
 
 from .architecture import BATCH, Architecture
 from .cells import Cell, NotHere, TheirLimit, Wrong, cell_of, said
@@ -106,6 +105,7 @@ class Row:
                 if not torch.equal(got, want):
                     raise Wrong("inside disabled it is not the base bit for bit")
         self.sites = {row.site for row in fg.explain(self.adapted).rows if row.kind == "site"}
+        self.left = fg.explain(self.adapted).left.get("default", {})
         parameters = dict(self.model.named_parameters())
         names = {name.partition("[")[0] for name in self.sites}
         reached = {n: p for n, p in parameters.items() if n in names or n.removesuffix(".weight") in names}
@@ -160,16 +160,14 @@ class Row:
 
     def as_many_as_peft(self) -> str:
         theirs = {
-            name.removeprefix("base_model.model.").rpartition(".lora_A")[0]
+            name.removeprefix("base_model.model.").rpartition(".lora_A")[0].removesuffix(".base_layer")
             for name, _ in self._peft().named_parameters()
             if ".lora_A" in name
         }
         ours = {name.partition("[")[0] for name in self.sites}
-        missing = sorted(name for name in theirs if not any(_same(name, one) for one in ours))
-        heads = output_heads(self.model)
-        missing = [
-            name for name in missing if name not in heads
-        ]  # `all-linear` leaves them out, PEFT only some of them
+        # heads and routers are left out by what they are; what cannot be adapted is missing
+        left = {n for n, why in self.left.items() if "head" in why or "router" in why}
+        missing = sorted(name for name in theirs - left if not any(_same(name, one) for one in ours))
         if missing:
             raise Wrong(f"PEFT's all-linear takes {len(missing)} more, such as {missing[0]}")
         return f"{len(ours)}, PEFT {len(theirs)}"
