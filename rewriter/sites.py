@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .parts import Cut, Rows, put
+from .products.linear import Linear
 from .products.product import NoMatch, Product
 
 __all__ = ["NoMatch", "Site"]
@@ -49,6 +51,15 @@ class Site:
 
     def __deepcopy__(self, memo: object) -> Site:
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "contracted" in state:  # pickled when every product was linear and all parts of a weight were equal
+            state = dict(state)
+            state["product"] = Linear(state.pop("contracted"))
+            del state["offset"]
+            parts = state.pop("parts")
+            state["cut"] = None if parts == 1 else Cut((state["out_features"],) * parts)
+        self.__dict__.update(state)
 
     @property
     def experts(self) -> int:

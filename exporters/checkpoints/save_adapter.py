@@ -25,7 +25,7 @@ from ...rewriter.tensors import adapter_modules
 from .derived_hash import IN_METADATA, derived_hash
 from .folder_files import writable, write_folder
 from .foreign.format import OwnAdapter
-from .foreign.peft_attention import OUTPUT, PACKED, adapted_attentions, targets_of
+from .foreign.peft_attention import OUTPUT, PACKED, adapted_attentions, stored_name, targets_of
 from .foreign.peft_convolutions import is_convolution
 from .foreign.peft_folder import BIASES
 from .foreign.peft_targets import is_embedding, is_linear, saved_names, target_names
@@ -101,7 +101,8 @@ def _save_peft(adapted: nn.Module, directory: str | os.PathLike[str], name: str,
     under = {f"{site.owner}.{site.bias}" for site in record.sites if site.bias is not None}
     for key, tensor in trained(root, name).items():  # PEFT keeps the base's tensors of an adapted layer one level down
         below = key in record.parameters and key in under
-        tensors[PREFIX + (key.removesuffix("bias") + "base_layer.bias" if below else key)] = tensor
+        place = f"{stored_name(key.removesuffix('.bias'), mine.attentions)}.base_layer.bias" if below else key
+        tensors[PREFIX + place] = tensor
     for tie in record.ties:  # PEFT gives every module a copy of its own: equal values are the tie
         own = modules[tie.path].state_dict()
         tensors |= {f"{PREFIX}{tie.path}.{k}": t for k, t in own.items() if f"{PREFIX}{tie.path}.{k}" not in tensors}

@@ -39,6 +39,8 @@ class TorchAO(Quantised):
     def weight(self, module: Any) -> Tensor:
         weight = module.weight.detach()
         inner = getattr(weight, "original_weight_tensor", weight)
+        if _beside(weight):
+            return by_identity(module, weight.dtype, weight.device)
         for read in ("dequantize", "get_original_weight"):
             if callable(method := getattr(type(inner), read, None)):
                 try:
@@ -54,9 +56,19 @@ class TorchAO(Quantised):
         module.weight = nn.Parameter(fresh, requires_grad=False)
 
 
+def _beside(held: Any) -> bool:
+    """Whether an Int8Tensor has what its `dequantize` and `from_hp` leave out: zero points, a scale of the input."""
+    if type(held).__name__ != "Int8Tensor":
+        return False
+    zero = getattr(held, "zero_point", None)
+    return getattr(held, "act_pre_scale", None) is not None or (zero is not None and bool(zero.any()))
+
+
 def _again(held: Any, weight: Tensor) -> Tensor:
     """A weight in the class and with the settings of one that was quantised before."""
     kind, lengths = type(held).__name__, tuple(weight.shape)
+    if _beside(held) or any(getattr(held, name, None) is not None for name in _ACTIVATIONS):
+        kind = f"{kind} with settings of its own for inputs or zero points"
     if kind == "Int8Tensor":
         return type(held).from_hp(weight, _granularity(tuple(held.block_size), lengths))  # type: ignore[no-any-return]
     if kind == "IntxUnpackedToInt8Tensor" and not held.zero_point.any():

@@ -1,5 +1,7 @@
 """Linear-like nodes in all their spellings, and the reason for every non-match."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,10 @@ from torch import fx, nn
 
 from fxgraft.rewriter.capture.trace import trace
 from fxgraft.rewriter.errors import CaptureError
+from fxgraft.rewriter.parts import Cut
 from fxgraft.rewriter.products.find import find_products
-from fxgraft.rewriter.sites import NoMatch
+from fxgraft.rewriter.products.linear import Linear
+from fxgraft.rewriter.sites import NoMatch, Site
 
 
 class Spelling(nn.Module):
@@ -118,3 +122,14 @@ def test_untraceable_forwards_say_so():
     replaced.forward = lambda x: x
     with pytest.raises(CaptureError, match="replaced on the instance"):
         trace(replaced)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_site_that_was_pickled_before_there_were_other_products_opens(parts):
+    cut = None if parts == 1 else Cut((4,) * parts)
+    site = Site("a", "a", "weight", None, 6, 4, Linear(0), parts - 1, cut, torch.float32, torch.device("cpu"), "addmm")
+    state = dict(vars(site), contracted=0, offset=site.offset, parts=parts)
+    del state["product"], state["cut"]
+    again = Site.__new__(Site)
+    again.__setstate__(state)
+    assert again == site and pickle.loads(pickle.dumps(again)) == site

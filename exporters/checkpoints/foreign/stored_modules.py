@@ -11,6 +11,7 @@ from ....rewriter.base_names import base_modules, base_parameters
 from ....rewriter.errors import CheckpointError, listing
 from ....rewriter.modules.wrappers import unwrap
 from ....rewriter.targeting.model_embeddings import told_embeddings
+from ....rewriter.targeting.patterns import inside
 from .foreign_folder import ForeignFolder
 from .peft_targets import names_in, saved_names
 from .plain_keys import PREFIX, WRAPPERS
@@ -51,10 +52,11 @@ def stored_modules(folder: ForeignFolder, rest: Mapping[str, Tensor]) -> tuple[t
             tensors[own] = tensor
         else:
             others[name] = tensor
-    if config.get("bias") == "all" and biases and not any(name in tensors for name in biases):
+    lost = [name for name in biases if name not in tensors] if config.get("bias") == "all" else []
+    if lost := [name for name in lost if not inside(name, train)]:
         raise CheckpointError(
             f"{what}: bias='all' in its config says that all biases were trained, and it stores none of "
-            f"{listing(biases, 4)}: it was saved without them"
+            f"{listing(lost, 4)}: it was saved without them"
         )
     also, values, unknown = base_weights(folder, others, embeddings(model))
     folder.none_left([*left, *(PREFIX + name for name in unknown)])

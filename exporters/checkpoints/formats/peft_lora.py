@@ -36,6 +36,11 @@ def read(folder: ForeignFolder) -> ForeignAdapter:
     parameters, factors = take_parameters(folder, sites)
     attentions = whole_attentions(sites, folder.modules)
     outputs = {stored_output(path): path for path in attentions}
+    if attentions and folder.value("fan_in_fan_out", bool, False):
+        raise CheckpointError(
+            f"{what}: fan_in_fan_out=True in its config, with which PEFT transposes the deltas of "
+            f"nn.MultiheadAttention ({listing(attentions)}) too: train these and the Conv1D layers as two adapters"
+        )
     layers = {site: given for site, given in sites.items() if site not in outputs}
     check_sites(folder, layers, ("lora_A", "lora_B"), others=bool(parameters))
     folder.all_there({place: sites.get(place, {}) for place in outputs}, ("lora_A", "lora_B"))
@@ -134,6 +139,11 @@ def write(adapter: OwnAdapter) -> Written:
         "fan_in_fan_out": adapter.on_conv1d,
         "init_lora_weights": True,
     }
+    if attentions and fields["fan_in_fan_out"]:
+        raise CheckpointError(
+            f"{adapter.what}: beside Conv1D layers PEFT transposes the deltas of nn.MultiheadAttention "
+            f"({listing(attentions)}). Save it with format='fxgraft'"
+        )
     if wrapped:
         fields["target_parameters"] = [parameter.full for parameter in wrapped.values()]
         if fields["lora_dropout"] or fields["fan_in_fan_out"]:

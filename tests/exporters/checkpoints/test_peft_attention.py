@@ -1,9 +1,12 @@
 """PEFT's LoRA on a whole nn.MultiheadAttention: its folders open, ours open there, what it cannot hold is said."""
 
+import copy
+import json
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_models import perturb
 from torch import nn
 
@@ -23,6 +26,16 @@ class Attends(nn.Module):
         for attention in (self.mha, *self.blocks):
             x = x + attention(x, memory, memory)[0]
         return self.lin(x)
+
+
+class Mixed(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.mha = layer, nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.layer(x)
+        return self.mha(x, x, x)[0]
 
 
 @pytest.fixture
@@ -117,3 +130,40 @@ def test_a_folder_without_the_output_projection(given, tmp_path):
     save_file({k: t for k, t in load_file(file).items() if "out_proj" not in k}, file)
     with pytest.raises(fg.CheckpointError, match=r"lacks .*mha\.base_layer\.out_proj: lora_A"):
         fg.load_adapter(Attends(), tmp_path)
+
+
+def test_all_biases_trained_with_an_attention_go_both_ways(given, tmp_path):
+    model = Attends().eval()
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["mha", "lin"], bias="all"))
+    with torch.no_grad():
+        for _, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="out_proj twice"):
+        ours = fg.load_adapter(model, tmp_path / "theirs")
+    fg.save_adapter(ours, tmp_path / "ours", format="peft")
+    first, second = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
+    assert first.keys() == second.keys() and "base_model.model.mha.base_layer.out_proj.base_layer.bias" in first
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(*given), ours(*given))
+    del first["base_model.model.lin.base_layer.bias"]
+    save_file(first, tmp_path / "theirs" / "adapter_model.safetensors")
+    with pytest.raises(fg.CheckpointError, match=r"bias='all'.*stores none of 'lin.bias'"):
+        fg.load_adapter(model, tmp_path / "theirs")
+
+
+def test_deltas_that_peft_transposes_are_refused(tmp_path):
+    theirs_of(Attends(), tmp_path, target_modules=["mha"])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": True}))
+    with pytest.raises(fg.CheckpointError, match=r"fan_in_fan_out=True .* transposes the deltas .* \('mha'\)"):
+        fg.load_adapter(Attends(), tmp_path)
+
+
+def test_an_attention_beside_a_conv1d_is_not_written(tmp_path):
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = Mixed(Conv1D(8, 8))
+    adapted = fg.rewrite(model, fg.Spec(fg.LoRA(2), ["layer", "mha.in_proj_weight", "mha.out_proj"]))
+    with pytest.raises(fg.CheckpointError, match=r"beside Conv1D .* transposes the deltas .* \('mha'\)"):
+        fg.save_adapter(adapted, tmp_path / "peft", format="peft")

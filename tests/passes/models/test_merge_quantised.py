@@ -134,3 +134,20 @@ def test_an_estimate_is_made_on_the_dequantised_model():
     result = fg.rewrite(model, fg.Spec(fg.LoRASB(rank=2), ["up", "down"]), update=update)
     assert not torch.allclose(result(X), model(X))
     assert update.shapes["up"] == (HIDDEN, FEATURES)
+
+
+@pytest.mark.parametrize("options", [{"mapping_type": "ASYMMETRIC"}, {"act_pre_scale": torch.linspace(1, 2, FEATURES)}])
+def test_zero_points_and_input_scales_of_torchao_are_part_of_the_weight(options):
+    ao = pytest.importorskip("torchao.quantization")
+    model = mlp("torchao int8")
+    options = {
+        key: getattr(ao.MappingType, value) if isinstance(value, str) else value for key, value in options.items()
+    }
+    weight = torch.randn(HIDDEN, FEATURES, generator=torch.Generator().manual_seed(2)) + 0.5
+    model.up.weight = nn.Parameter(type(model.up.weight).from_hp(weight, ao.PerRow(), **options), requires_grad=False)
+    grafted = fg.rewrite(model, fg.Spec(fg.LoRA(2), ["up"]))
+    with torch.no_grad():
+        next(p for n, p in grafted.named_parameters() if n.endswith("B")).normal_()
+    near(fg.merge(grafted, dtype=torch.float32)(X), grafted(X))
+    with pytest.raises(fg.MergeError, match="Int8Tensor with settings of its own"):
+        fg.merge(grafted, requantise=True)
