@@ -50,7 +50,7 @@ def is_experts(module: nn.Module, attribute: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _from_source(cls: type[nn.Module], attribute: str) -> int | NoMatch:
-    function = _parsed(cls)
+    function = _parsed(cls.forward)
     if function is None:
         return NoMatch(f"the source of the forward of {cls.__name__} cannot be read")
     me = function.args.args[0].arg
@@ -60,6 +60,11 @@ def _from_source(cls: type[nn.Module], attribute: str) -> int | NoMatch:
     reads = [n for n in ast.walk(function) if _is_own(n, me) and n.attr == attribute]  # type: ignore[attr-defined]
     if not reads:
         return NoMatch(f"{attribute!r} is not read by the module's own forward")
+    if other := _read_elsewhere(cls, attribute, function, {"forward"}):
+        return NoMatch(
+            f"{other!r} of {cls.__name__}, which its forward calls, reads {attribute!r} too, and adapters are put "
+            "beside the products of the forward alone"
+        )
     dims: set[int | None] = set()
     for read in reads:
         dims |= set(_products(read, parents, function, 0))
@@ -71,9 +76,34 @@ def _from_source(cls: type[nn.Module], attribute: str) -> int | NoMatch:
     return dims.pop()  # type: ignore[return-value]
 
 
-def _parsed(cls: type[nn.Module]) -> ast.FunctionDef | None:
+def _read_elsewhere(cls: type[nn.Module], attribute: str, function: ast.FunctionDef, seen: set[str]) -> str:
+    """The method or property that a function takes of its module and that reads the parameter; empty for none.
+
+    It belongs to the module itself, which has the base's values.
+    """
+    me = function.args.args[0].arg
+    for name in sorted({n.attr for n in ast.walk(function) if _is_own(n, me)} - seen):  # type: ignore[attr-defined]
+        seen.add(name)
+        held = getattr(cls, name, None)
+        called: Any = held.fget if isinstance(held, property) else held
+        if not inspect.isfunction(called) or hasattr(nn.Module, name):
+            continue
+        tree = _parsed(called)
+        if tree is None:
+            continue
+        own = tree.args.args[0].arg
+        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        for read in (n for n in ast.walk(tree) if _is_own(n, own) and n.attr == attribute):  # type: ignore[attr-defined]
+            if set(_products(read, parents, tree, 0)) != {-1}:
+                return name
+        if further := _read_elsewhere(cls, attribute, tree, seen):
+            return further
+    return ""
+
+
+def _parsed(function: Any) -> ast.FunctionDef | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))).body[0]
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):  # no source: made at run time
         return None
     return tree if isinstance(tree, ast.FunctionDef) and tree.args.args else None

@@ -16,12 +16,16 @@ def exactly(names: Iterable[str]) -> str:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a dotted name matches: `re:` the whole name, globs from any component on, else a name ending."""
+    """Whether a dotted name matches: `re:` the whole name, globs from any component on, else a name ending.
+
+    The name of a part, `qkv[0]`, is itself before it is a glob.
+    """
     if pattern.startswith("re:"):
         return full_match(pattern[3:], name) is not None
-    if any(c in pattern for c in "*?["):
-        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
-    return name == pattern or name.endswith(f".{pattern}")
+    if name == pattern or name.endswith(f".{pattern}"):
+        return True
+    is_glob = any(c in pattern for c in "*?[")
+    return is_glob and (fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}"))
 
 
 def is_name(pattern: str) -> bool:

@@ -203,6 +203,8 @@ def test_names_in_explain_overrides_and_excludes():
         ("layers.0.self_attn.qkv_proj[0]", "layers.0.self_attn.q_proj", "rows 0..31 of 64", (2, 32)),
         ("layers.0.self_attn.qkv_proj[2]", "layers.0.self_attn.v_proj", "rows 48..63 of 64", (3, 32)),
     ]
+    numbered = fg.Spec(fg.LoRA(2), ["q_proj", "v_proj"], overrides={"qkv_proj[2]": fg.LoRA(3)})
+    assert [row.tensors["A"] for row in fg.explain(fg.rewrite(model, numbered)).rows] == [(2, 32), (3, 32)]
     named = fg.Spec(fg.LoRA(2), [fg.Target("qkv_proj", select=("q_proj", "v_proj"))])
     assert [s.name for s in record_of(fg.rewrite(model, named), "default").sites] == [row.site for row in rows]
     counted = fg.Spec(fg.LoRA(2), [fg.Target("qkv_proj", (32, 16, 16), (0, 2))])

@@ -12,6 +12,8 @@ from helpers.methods import METHODS, graft, needs_estimate
 from helpers.small_models import noisy, relative_error
 
 import fxgraft as fg
+from fxgraft.rewriter.products.expert_weights import contracted_dim
+from fxgraft.rewriter.sites import NoMatch
 from fxgraft.rewriter.state import record_of
 
 pytest.importorskip("transformers")
@@ -242,6 +244,45 @@ def test_experts_of_ones_own_and_what_is_not_understood():
     assert relative_error(grafted(x, chosen), fg.merge(grafted).double()(x.double(), chosen)) < 1e-5
     with pytest.raises(fg.TargetError, match="mix"):
         fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), targets=["mix"]))
+
+
+class _Helped(_Odd):
+    """Its forward has a method of its own multiply with the weight, which the module itself would give it."""
+
+    def forward(self, x, chosen):
+        if self.known != 3:
+            raise ValueError("three experts")
+        return torch.nn.functional.linear(x, self.weight[0]) + self.more(x, chosen)
+
+    @property
+    def known(self):
+        return self.weight.shape[0]
+
+    def more(self, x, chosen):
+        return self.most(x.relu())
+
+    def most(self, x):
+        return torch.nn.functional.linear(x, self.weight[1])
+
+
+def test_a_method_of_the_experts_that_reads_the_weight_too_is_told():
+    model = _Around()
+    model.experts = _Helped()
+    said = contracted_dim(model.experts, "weight")
+    assert isinstance(said, NoMatch) and "'most' of _Helped, which its forward calls, reads 'weight' too" in said.reason
+    with pytest.raises(fg.TargetError, match="'experts' cannot be adapted"):
+        fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), targets=["experts"]))
+
+
+def test_a_method_of_the_experts_that_asks_for_its_shape_is_none_of_these():
+    class Asked(_Helped):
+        def most(self, x):
+            return x.new_zeros(len(x), self.weight.shape[1])
+
+    model, x, chosen = _Around(), torch.randn(6, 4), torch.tensor([0, 2, 1, 0, 0, 2])
+    model.experts = Asked()
+    grafted = noisy(fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), targets=["experts"])), "default", 0)
+    assert relative_error(grafted(x, chosen), fg.merge(grafted).double()(x.double(), chosen)) < 1e-5
 
 
 def test_lora_sb_starts_from_the_gradient_of_every_expert():
