@@ -33,12 +33,18 @@ def over_programs(verb: F) -> F:
     return _over(verb, changes=False)
 
 
+def opening_on_programs(verb: F) -> F:
+    """The same for a function that opens a trained adapter: on a plain program it is there to be served, as a graph
+    tells no mode that it was exported in, and has none to change later."""
+    return _over(verb, changes=False, serves=True)
+
+
 def changing_programs(verb: F) -> F:
     """The same for a function that changes its model: the program becomes what its module is then."""
     return _over(verb, changes=True)
 
 
-def _over(verb: F, changes: bool) -> F:
+def _over(verb: F, changes: bool, serves: bool = False) -> F:
     signature = inspect.signature(verb)
     first = next(iter(signature.parameters))
     takes_example = "example_inputs" in signature.parameters
@@ -52,6 +58,9 @@ def _over(verb: F, changes: bool) -> F:
         if takes_example and signature.bind(*args, **kwargs).arguments.get("example_inputs") is None:
             kwargs["example_inputs"] = _example_of(model)
         result = verb(*args, **kwargs)
+        if serves and MODULE not in model.__dict__:
+            for part in result.modules():
+                part.training = False
         if changes:
             module = args[0] if args else kwargs[first]
             model.__dict__.update(exported_again(module, model).__dict__)

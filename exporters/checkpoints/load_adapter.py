@@ -11,7 +11,7 @@ from torch import nn
 from ...passes.models.bank_sources import register_folder_opener
 from ...rewriter.errors import CheckpointError, SpecError, listing
 from ...rewriter.modules.wrappers import M
-from ...rewriter.program_verbs import over_programs
+from ...rewriter.program_verbs import opening_on_programs
 from .derived_hash import check_derived
 from .folder_files import WEIGHTS, check_config_is_theirs, read_folder
 from .foreign.foreign_folder import ForeignFolder
@@ -24,7 +24,7 @@ from .own_format import is_own, load_own
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-@over_programs
+@opening_on_programs
 def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "default") -> M:
     """Graft a saved adapter and return the adapted model; the input model is not changed.
 
@@ -32,6 +32,7 @@ def load_adapter(model: M, directory: str | os.PathLike[str], name: str = "defau
     PRoLoRA, LoRA-XS, LoRA-SB, GLoRA and Uni-LoRA, told apart by their keys. Every tensor and every config entry is
     used or refused; one is ignored only where it cannot change what the model computes. Of a folder with an adapter in
     each of its folders (`save_pretrained`, a Trainer's checkpoint) it opens the only one, or the one called `name`.
+    A plain `ExportedProgram` gets the adapter as it is served, without dropout.
 
     Raises:
         CheckpointError: the folder is not an adapter, is damaged, says something that is not supported, or does not

@@ -151,6 +151,16 @@ def test_a_program_is_trained(model, program, other, method):
         same(module.get_parameter(name).grad, gradient)
 
 
+def test_an_adapter_with_dropout_is_opened_on_a_program_as_it_is_served(model, program, ids, tmp_path):
+    spec = fg.Spec(fg.LoRA(rank=2, dropout=0.5), TARGETS)
+    adapted = perturb(fg.rewrite(model, spec))
+    fg.save_adapter(adapted, tmp_path)
+    opened = fg.load_adapter(program, tmp_path)
+    torch.testing.assert_close(opened.module()(ids), adapted.eval()(ids))
+    trained = fg.load_adapter(fg.rewrite(program, spec, name="first"), tmp_path, name="default").module()
+    assert not torch.equal(trained(ids), trained(ids))  # of one that is trained the mode stays
+
+
 def test_a_linear_without_bias_takes_a_method_that_adds_one(model, program, other):
     method = FIXED["glora"]
     adapted = perturbed(graft(program, fg.Spec(method, ["last"])))
