@@ -54,6 +54,11 @@ class Embedding(Product):
             place[:, self.padding_idx] = kept
 
     def refusal(self, operator: str) -> str:
+        if operator.startswith("bank"):
+            return (
+                "an embedding is looked up and multiplies no rows that a bank could hand to each sample's adapter: make "
+                "the bank of adapters without this site, or serve one adapter at a time"
+            )
         return (
             f"an embedding is looked up and multiplies no rows, which {operator} needs: methods that are a product of "
             "two factors can be there (LoRA and its kin), others not. Exclude it, or give it another method with "

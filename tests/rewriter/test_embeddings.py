@@ -266,3 +266,10 @@ def test_other_methods_have_no_peft_form_there(tmp_path):
     adapted = fg.rewrite(words(), fg.Spec(fg.VeRA(rank=4), ["words"]))
     with pytest.raises(fg.CheckpointError, match="adapter 'default' cannot be saved for PEFT"):
         fg.save_adapter(adapted, tmp_path / "a", format="peft")
+
+
+def test_a_bank_says_what_to_do():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4))
+    adapted = fg.rewrite(model, fg.Spec(fg.LoRA(2), ["0", "1"]))
+    with pytest.raises(fg.FxgraftError, match=r"'0' cannot.*make the bank of adapters without this site"):
+        fg.bank(adapted, {"a": adapted}, example_inputs=(torch.arange(6).view(2, 3),))
