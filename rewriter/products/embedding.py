@@ -56,8 +56,8 @@ class Embedding(Product):
     def refusal(self, operator: str) -> str:
         if operator.startswith("bank"):
             return (
-                "an embedding is looked up and multiplies no rows that a bank could hand to each sample's adapter: make "
-                "the bank of adapters without this site, or serve one adapter at a time"
+                "an embedding is looked up and multiplies no rows that a bank could hand to each sample's adapter: "
+                "make the bank of adapters without this site, or serve one adapter at a time"
             )
         return (
             f"an embedding is looked up and multiplies no rows, which {operator} needs: methods that are a product of "
