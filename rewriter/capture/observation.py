@@ -79,8 +79,10 @@ class Observation:
         self._substitutes: dict[tuple[str, ...], Any] = {}
         self._classes: list[type] = []
         self._held: list[tuple[str, nn.Module, dict[str, Any]]] = []
+        # adapters are no copies, see `protected`
+        adapters = {id(part) for held in twin.modules() if isinstance(held, Container) for part in held.modules()}
         for path, child in list(twin.named_modules()):
-            if not isinstance(child, Container) and not self._note_at(child, tuple(path.split(".")) if path else ()):
+            if id(child) not in adapters and not self._note_at(child, tuple(path.split(".")) if path else ()):
                 raise CaptureError(f"{type(child).__name__} is of a class that cannot be derived from")
             self._held.append((path, child, dict(child.__dict__)))
 

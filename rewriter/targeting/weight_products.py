@@ -71,6 +71,8 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
         return NoMatch(scripted)
     if parent is not None and is_attention(plain_view(parent)):
         reader: str | None = candidate.owner.rpartition(".")[0]
+    elif candidate.owner and isinstance(owner, (nn.ParameterList, nn.ParameterDict)):
+        reader = candidate.owner.rpartition(".")[0]  # containers: the module around them computes
     else:
         reader = reader_of(model_modules, candidate.owner, candidate.attribute)
     if reader is None:

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import MLP
 from torch import nn
 
 import fxgraft as fg
@@ -114,3 +115,10 @@ def test_a_folder_that_was_saved_under_another_rule_opens(sites, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     opened = fg.load_adapter(Scored(), tmp_path)
     assert {row.site for row in fg.explain(opened).rows} == set(sites)
+
+
+def test_tracing_leaves_other_adapters_as_they_are():
+    model = fg.rewrite(MLP(), fg.Spec(fg.LoRA(rank=2), ["up", "down"], train=["head"]), name="a")
+    twice = fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), ["up", "down"], train=["head"]), name="b")
+    kept = [module for root in (model, twice) for module in root.modules() if "Linear" in type(module).__name__]
+    assert kept and all(type(module).__getattribute__ is nn.Module.__getattribute__ for module in kept)
