@@ -100,7 +100,7 @@ def is_dispatched(model: nn.Module) -> bool:
 @torch.no_grad()
 def loaded(model: nn.Module) -> nn.Module:
     """Take accelerate's hooks out of a copy of a model, in place: every tensor gets its values where it computes."""
-    first: dict[tuple[Any, ...], nn.Parameter] = {}
+    first: dict[tuple[Any, ...], tuple[nn.Parameter, Tensor]] = {}  # with what it was made of: its address stays taken
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None or not parameter.is_meta:
@@ -110,8 +110,8 @@ def loaded(model: nn.Module) -> nn.Module:
                 continue
             key = (value.data_ptr(), value.shape, value.stride(), value.dtype)  # what is tied stays tied
             held = value.to(device_of(module, parameter))
-            first.setdefault(key, nn.Parameter(held, parameter.requires_grad))
-            module._parameters[name] = first[key]
+            first.setdefault(key, (nn.Parameter(held, parameter.requires_grad), value))
+            module._parameters[name] = first[key][0]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta and (value := values_of(module, name)) is not None:
                 module._buffers[name] = value.to(device_of(module, buffer))

@@ -1,6 +1,7 @@
 """Models whose weights accelerate keeps in CPU memory or on disk, lazy modules, and children compiled by torch.jit."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from small_models import perturb
 from torch import nn
 
 import fxgraft as fg
+from fxgraft.rewriter.modules.offloaded import loaded
 
 accelerate = pytest.importorskip("accelerate")
 CPU = torch.device("cpu")
@@ -241,3 +243,14 @@ def test_what_torch_jit_compiled_is_refused_by_name():
         fg.rewrite(Parent(SCRIPTED["script"]()), fg.Spec(fg.LoRA(2), ["child.0"]))
     with pytest.raises(fg.TargetError, match=r"found no linear layer.*the root \(torch.jit compiled"):
         fg.rewrite(torch.jit.script(nn.Linear(4, 4)), fg.Spec(fg.LoRA(2)))
+
+
+def test_weights_read_one_after_the_other_are_not_taken_for_tied():
+    class Read(dict):
+        def __getitem__(self, name):
+            return torch.zeros(64, 64)  # of a file: nobody else holds it
+
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False, device="meta") for _ in range(8)))
+    for layer in model:
+        layer.__dict__["_hf_hook"] = SimpleNamespace(offload=True, weights_map=Read(), execution_device="meta")
+    assert len({id(layer.weight) for layer in loaded(model)}) == 8
