@@ -84,10 +84,13 @@ class Row:
         spec = fg.Spec(method, targets=["all-linear"])
         update = None
         if isinstance(method, fg.LoRASB):
-            update = fg.estimate_update(
-                self.model, [self.inputs], targets=["all-linear"], loss=lambda output, batch: self.loss(output),
-                samples=BATCH, lr=1e-3, warmup_ratio=0.1, total_steps=10, progress=False,
-            )  # fmt: skip
+            try:
+                update = fg.estimate_update(
+                    self.model, [self.inputs], targets=["all-linear"], loss=lambda output, batch: self.loss(output),
+                    samples=BATCH, lr=1e-3, warmup_ratio=0.1, total_steps=10, progress=False,
+                )  # fmt: skip
+            except RuntimeError as error:
+                self._unless_base(self._train_base, "training", error)
         return _filled(fg.rewrite(self.model, spec, update=update).eval(), seed)
 
     @staticmethod
@@ -115,7 +118,10 @@ class Row:
     def trains(self) -> str:
         model = _filled(fg.rewrite(self.model, fg.Spec(fg.LoRA(rank=2), targets=["all-linear"])))
         torch.manual_seed(5)
-        self.loss(model(**copy.deepcopy(self.inputs))).backward()
+        try:
+            self.loss(model(**copy.deepcopy(self.inputs))).backward()
+        except RuntimeError as error:
+            self._unless_base(self._train_base, "training", error)
         without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         if without:
             return f"{len(without)} tensors took no part, such as {without[0]}"
@@ -252,11 +258,13 @@ class Row:
             fg.export_onnx(self.adapted, Path(folder) / "m.onnx", self.inputs, adapters="swappable", cache=True)
         return ""
 
+    def _train_base(self) -> None:
+        self.loss(copy.deepcopy(self.model)(**copy.deepcopy(self.inputs))).backward()
+
     def _unless_base(self, same: Callable[[], Any], what: str, error: Exception) -> None:
         """Raise the error again, as the base's where the same thing fails without an adapter."""
         try:
-            with torch.no_grad():
-                same()
+            same()
         except Exception as theirs:
             raise TheirLimit(f"{what} of the base: {said(theirs)}") from error
         raise error

@@ -53,7 +53,7 @@ Placed = tuple[str, int, bool, tuple[tuple[int, Beside, Any], ...]]
 def described_experts(slots: Sequence[AdapterTensors], weights: Mapping[int, Any]) -> tuple[Any, ...]:
     """What decides the class of an experts layer with these adapters."""
     return tuple(
-        (s.site.weight, s.site.product, s.site.rows, s.site.out_features, s.method, i in weights)
+        (s.site.weight, s.site.product, s.site.rows, s.site.in_features, s.site.out_features, s.method, i in weights)
         for i, s in enumerate(slots)
         if s.site is not None
     )

@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # One of every kind that is built differently, of the libraries that the tests have.
 ROWS = [
     "albert", "bart", "bert", "bloom", "convnextv2", "deberta-v2", "falcon", "gemma2", "gpt2", "gpt_neox", "gpt_oss",
-    "llama", "llava", "mamba", "mixtral", "mpt", "phi3", "swin", "t5", "vit", "wav2vec2", "wavlm", "whisper",
+    "jetmoe", "llama", "llava", "mamba", "mixtral", "mpt", "phi3", "swin", "t5", "vit", "wav2vec2", "wavlm", "whisper",
 ]  # fmt: skip
 TORCH = ["TransformerEncoder", "LSTM tagger"]
 HEAVY = ("compile", "ONNX merged", "ONNX swappable", "ONNX bank", "ONNX with cache")
