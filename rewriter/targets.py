@@ -147,7 +147,8 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool
     modules = dict(base_modules(model))
     candidates = candidates_of(modules)
     train, parameters = to_train(spec, modules)
-    heads = heads_with_reasons(model)
+    all_linear = any((t.pattern if isinstance(t, Target) else t) == ALL_LINEAR for t in spec.targets)
+    heads = heads_with_reasons(model) if all_linear else {}  # telling them may trace the whole model
     chosen = _select(spec, modules, candidates, heads, train, known)
 
     sites: list[tuple[Site, Method]] = []
@@ -184,7 +185,7 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool
     for pattern in spec.overrides:
         if pattern not in used_overrides:
             raise no_match("override", pattern, [answer for site, _ in sites for answer in site.answers])
-    if ALL_LINEAR in spec.targets:
+    if all_linear:
         left_out += [
             f"{path} ({why})"
             for path, module in modules.items()
@@ -205,7 +206,7 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool
     parameters = with_ties(model, parameters, ties, spec.keep_ties)
     check_parameters(sites, parameters)
     left: tuple[tuple[str, str], ...] = ()
-    if any((t.pattern if isinstance(t, Target) else t) == ALL_LINEAR for t in spec.targets):
+    if all_linear:
         left = left_out_of(modules, candidates, {c.owner for n, c in candidates.items() if n in chosen}, heads, train)
     return Resolution(tuple(sites), train, ties, parameters, (*left, *unfit))
 
