@@ -73,7 +73,8 @@ class Row:
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
         self.model, self.inputs = architecture.made()
-        self.base = self.run(self.model)
+        # frozen as the adapted model's weights are: torch gives some models other bits where weights require grad
+        self.base = self.run(copy.deepcopy(self.model).requires_grad_(False))
 
     def run(self, model: nn.Module) -> Any:
         torch.manual_seed(5)

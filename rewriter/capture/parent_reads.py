@@ -60,7 +60,11 @@ def _certain(cls: type[nn.Module]) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=2048)
 def _never_called(cls: type[nn.Module], attribute: str) -> frozenset[str]:
-    """What methods of the class read of children that none of them calls, or hands to anything that might."""
+    """What methods of the class read of children that none of them calls, or hands to anything that might.
+
+    Nothing for a forward that hands the module itself on, as those of diffusers do to a processor, which calls them."""
+    if _hands_itself_on(cls):
+        return frozenset()
     reads: set[str] = set()
     used: set[str] = set()
     functions = list(_methods(cls))
@@ -72,6 +76,21 @@ def _never_called(cls: type[nn.Module], attribute: str) -> frozenset[str]:
         if function not in reading and any(_mentions(function.__code__, child) for child in children):
             _note_uses(function, set(), used)
     return frozenset(read for read in reads if read.partition(".")[0] not in used)
+
+
+def _hands_itself_on(cls: type[nn.Module]) -> bool:
+    """Whether the forward gives the module to something that may do anything with it."""
+    tree = _parsed(inspect.unwrap(getattr(cls, "forward", None) or nn.Module.forward))
+    if tree is None or not tree.args.args:
+        return False
+    me = tree.args.args[0].arg
+    given = (
+        value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and _called(call.func) not in _LOOKS
+        for value in (*call.args, *(keyword.value for keyword in call.keywords))
+    )
+    return any(isinstance(value, ast.Name) and value.id == me for value in given)
 
 
 @functools.lru_cache(maxsize=2048)

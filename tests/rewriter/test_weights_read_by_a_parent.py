@@ -228,3 +228,28 @@ def test_a_forward_bound_before_grafting_is_bound_anew():
         torch.testing.assert_close(adapted(x), model(x))
     fg.remove(adapted, "default")
     torch.testing.assert_close(adapted(x), model(x))
+
+
+def test_a_forward_that_hands_itself_to_a_processor_may_call_its_layers_there():
+    """As diffusers' Attention: only a method that fuses the weights reads them, and the processor calls the layers."""
+
+    class Processor:
+        def __call__(self, attention, x):
+            return attention.to_out(torch.tanh(attention.to_q(x)))
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q, self.to_out, self.processor = nn.Linear(4, 6), nn.Linear(6, 4), Processor()
+
+        def fused(self):
+            return torch.cat([self.to_q.weight, self.to_q.weight])
+
+        def forward(self, x):
+            return self.processor(self, x)
+
+    model, x = Attention(), torch.randn(3, 4)
+    adapted = perturb(fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), ["all-linear"])), 1.0)
+    torch.testing.assert_close(fg.merge(adapted)(x), adapted(x))
+    assert not torch.allclose(adapted(x), model(x))
+    assert {row.site for row in fg.explain(adapted).rows if row.kind == "site"} >= {"to_q"}
