@@ -12,6 +12,7 @@ So every implementation of an experts layer computes the adapted layer, and thos
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def grouped_functions() -> frozenset[Any]:
     return frozenset(_GROUPED if fallback is None else {*_GROUPED, fallback, fallback.default})
 
 
-class _Lazy:
+class _Lazy(abc.ABC):
     """A weight that is there as the base's tensor and what is added to its products.
 
     Args:
@@ -54,14 +55,17 @@ class _Lazy:
     def __init__(self, base: Tensor, beside: Any, in_last: bool, training: bool, grouped: Any = ()) -> None:
         self.base, self.beside, self.in_last, self.training, self.grouped = base, beside, in_last, training, grouped
 
+    @abc.abstractmethod
     def like(self, base: Tensor, in_last: bool) -> Any:
-        raise NotImplementedError
+        """The same of another view of the base's tensor."""
 
+    @abc.abstractmethod
     def materialised(self) -> Tensor:
-        raise NotImplementedError
+        """The base's tensor and what the adapters add to it."""
 
+    @abc.abstractmethod
     def product(self, x: Tensor, y: Tensor, where: Where) -> Tensor:
-        raise NotImplementedError
+        """y, the base's product with x, and what the adapters add to it."""
 
     # -- views and facts -----------------------------------------------------------------------------------------
     def transpose(self, first: int, second: int) -> Any:

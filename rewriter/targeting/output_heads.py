@@ -10,6 +10,7 @@ from ..analysis.dataflow import tied_names
 from ..base_names import base_modules
 from ..modules.wrappers import unwrap
 from .last_product import feeds_products, last_products
+from .model_embeddings import told
 
 #: last path components that name an output head in models that do not declare one
 HEAD_NAMES = frozenset(
@@ -67,13 +68,7 @@ def heads_with_reasons(model: nn.Module) -> dict[str, str]:
 
 def _declared(model: nn.Module, method: str, paths: Mapping[int, str]) -> list[str]:
     """The paths of what a model's own method gives as its head."""
-    declares = getattr(model, method, None)
-    if not callable(declares):
-        return []
-    try:
-        given = declares()
-    except (NotImplementedError, AttributeError, TypeError):  # raised by models without one
-        return []
+    given = told(model, method)
     given = given if isinstance(given, (tuple, list)) else [given]
     found = [paths.get(id(unwrap(head))) for head in given if isinstance(head, nn.Module)]
     return [path for path in found if path]

@@ -11,11 +11,11 @@ import fxgraft as fg
 class MLP(nn.Module):
     """Rectangular, with and without bias."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: tuple[int, int, int, int] = (7, 11, 5, 3), bias: bool = False) -> None:
         super().__init__()
-        self.up = nn.Linear(7, 11)
-        self.down = nn.Linear(11, 5, bias=False)
-        self.head = nn.Linear(5, 3)
+        self.up = nn.Linear(sizes[0], sizes[1])
+        self.down = nn.Linear(sizes[1], sizes[2], bias=bias)
+        self.head = nn.Linear(sizes[2], sizes[3])
 
     def forward(self, x):
         return self.head(self.down(torch.relu(self.up(x))))

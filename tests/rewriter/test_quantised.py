@@ -8,8 +8,8 @@ import pickle
 
 import pytest
 import torch
-from helpers.methods import METHODS, estimate, needs_estimate
-from helpers.quantised_layers import FEATURES, HIDDEN, LAYERS, mlp, torchao_layer, twin
+from methods import METHODS, estimate, needs_estimate
+from quantised_layers import FEATURES, HIDDEN, LAYERS, mlp, torchao_layer, twin
 from torch import nn
 
 import fxgraft as fg

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.quantised_layers import FEATURES, HIDDEN
+from quantised_layers import FEATURES, HIDDEN
 from torch import nn
 
 import fxgraft as fg

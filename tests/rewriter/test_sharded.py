@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import MLP, perturb
 from torch import nn
 
 import fxgraft as fg
@@ -13,28 +14,15 @@ import fxgraft as fg
 METHODS = {"lora": fg.LoRA(2, 5), "unilora": fg.UniLoRA(2, 30, init_bound=0.3), "xs": fg.LoRAXS(2)}
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down, self.head = nn.Linear(7, 11), nn.Linear(11, 5), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.down(torch.relu(self.up(x))))
-
-
 def base():
     torch.manual_seed(0)
-    return Net().eval()
+    return MLP(bias=True).eval()
 
 
 def adapted(method, seed=1):
     model = fg.rewrite(base(), fg.Spec(method, ["up", "down"], train=["head"]))
     torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return perturb(model)
 
 
 def sharded(model):

@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
-from helpers.expert_models import EXPERTS, SWITCHED, made, mixtral, tokens
-from helpers.methods import METHODS, graft, needs_estimate
-from helpers.small_models import noisy, relative_error
+from expert_models import EXPERTS, SWITCHED, made, mixtral, tokens
+from methods import METHODS, graft, needs_estimate
+from small_models import noisy, relative_error
 
 import fxgraft as fg
 from fxgraft.rewriter.products.expert_weights import contracted_dim

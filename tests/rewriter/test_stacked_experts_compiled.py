@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo as dynamo
-from helpers.expert_models import made, mixtral, tokens
-from helpers.small_models import noisy, relative_error
+from expert_models import made, mixtral, tokens
+from small_models import noisy, relative_error
 
 import fxgraft as fg
 

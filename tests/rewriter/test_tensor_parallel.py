@@ -10,6 +10,7 @@ import methods
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import MLP
 from torch import nn
 
 import fxgraft as fg
@@ -18,18 +19,9 @@ TARGETS = ["up", "down"]
 STEPS = 5
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 6), nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.head(self.down(torch.relu(self.up(x))))
-
-
 def base():
     torch.manual_seed(0)
-    return Net()
+    return MLP((8, 12, 6, 3), bias=True)
 
 
 def parallel(model, mesh):

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from helpers.expert_models import EXPERTS, made, tokens
-from helpers.small_models import noisy, relative_error
+from expert_models import EXPERTS, made, tokens
 from safetensors.torch import load_file, save_file
+from small_models import noisy, relative_error
 
 import fxgraft as fg
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.expert_models import made, mixtral, tokens
-from helpers.small_models import noisy
+from expert_models import made, mixtral, tokens
+from small_models import noisy
 
 import fxgraft as fg
 

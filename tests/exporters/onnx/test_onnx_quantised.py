@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.quantised_layers import FEATURES, mlp
+from quantised_layers import FEATURES, mlp
+from small_models import perturb
 
 import fxgraft as fg
 
@@ -15,11 +16,7 @@ def adapted(kind, seed=0):
     torch.manual_seed(seed)
     result = fg.rewrite(mlp(kind), fg.Spec(fg.LoRA(2), ["up", "down"]))
     torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in result.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return result
+    return perturb(result)
 
 
 def near(ours, theirs, tolerance=2e-5):

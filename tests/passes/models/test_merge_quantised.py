@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.methods import METHODS, estimate, needs_estimate
-from helpers.quantised_layers import FEATURES, HIDDEN, LAYERS, mlp
+from methods import METHODS, graft
+from quantised_layers import FEATURES, HIDDEN, LAYERS, mlp
+from small_models import perturb
 from torch import nn
 
 import fxgraft as fg
@@ -17,15 +18,7 @@ AGAIN = [kind for kind in LAYERS if kind not in ("gptq", "awq")]
 
 
 def adapted(kind, method=fg.LoRA(2), targets=("up", "down")):  # noqa: B008 (frozen)
-    model = mlp(kind)
-    spec = fg.Spec(method, list(targets))
-    options = {"update": estimate(model, spec)} if needs_estimate(method) else {}
-    result = fg.rewrite(model, spec, **options)
-    with torch.no_grad():
-        for parameter in result.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return result
+    return perturb(graft(mlp(kind), fg.Spec(method, list(targets))))
 
 
 def near(ours, theirs, tolerance=1e-5):
