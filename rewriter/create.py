@@ -23,7 +23,7 @@ from .modules import missing_values
 from .modules.bias_slot import bias_slot
 from .modules.foreign_tuners import check_no_tuners
 from .modules.offloaded import check_reachable, loaded, shared_stores
-from .modules.placement import check_placed, place, replicate
+from .modules.placement import check_placed, on_mesh, place, replicate
 from .modules.quantised_sites import check_quantised, guard_quantised
 from .modules.save_hook import take_over_saving
 from .modules.scripted import check_initialised
@@ -77,11 +77,12 @@ def graft_adapter(
     check_initialised(source)
     resolution = resolve(source, spec, order, fit)
     groups = _group(resolution, order)
-    check_reachable(dict(base_modules(source)), (p for s, _ in resolution.sites for p in (s.owner, s.computed)))
+    given = dict(base_modules(source))
+    check_reachable(given, (p for s, _ in resolution.sites for p in (s.owner, s.computed)))
     declared = declare(groups)
     if check is not None:
-        check(plan(groups, declared, resolution.train, resolution.parameters, dict(base_modules(source))))
-    check_quantised(dict(base_modules(source)), groups, resolution.train, training=initialise)
+        check(plan(groups, declared, resolution.train, resolution.parameters, given))
+    check_quantised(given, groups, resolution.train, training=initialise)
     adapted = copy_skeleton(source)
     guard_quantised(dict(base_modules(adapted)))
     state = adapted.__dict__.setdefault(STATE, ModelState())
@@ -187,7 +188,7 @@ def _create(
             weights = OneByOne(len(sites), lambda i: full(weight_at(modules, sites[i]).detach()).to(sites[i].device))
             stacked_matrices.initialise(group.method, sites, common, local, weights, update)
     for holder, site, decls in zip(local_holders, group.sites, declared.local, strict=True):
-        if is_sharded(weight := weight_at(modules, site)):
+        if (weight := on_mesh(modules, site)) is not None:
             place(holder, group.method, site, weight, decls)
             if shared is not None and not any(map(is_sharded, common.values())):
                 replicate(shared, weight)

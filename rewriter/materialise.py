@@ -12,6 +12,7 @@ from .adapter_tensors import AdapterTensors
 from .base_names import weight_at
 from .errors import AdapterError, listing
 from .modules.missing_values import missing, settle
+from .modules.shards import full
 from .modules.wrappers import M, unwrap
 from .one_by_one import OneByOne
 from .products import stacked_matrices
@@ -75,7 +76,7 @@ def _values(
     local = [fresh[id(place)] for place in places]
     stacked_matrices.derive(group.method, group.sites, common, local)
     if any(n not in holder._non_persistent_buffers_set for holder in holders for n in lacking[id(holder)]):
-        stored = OneByOne(len(group.sites), lambda i: _full(weight_at(modules, group.sites[i])))
+        stored = OneByOne(len(group.sites), lambda i: full(weight_at(modules, group.sites[i]).detach()))
         stacked_matrices.initialise(group.method, group.sites, common, local, stored)
     return [(holder, {n: fresh[id(holder)][n] for n in lacking[id(holder)]}) for holder in holders]
 
@@ -96,19 +97,14 @@ def _base_values(path: str, base: nn.Module, copy: nn.Module) -> list[tuple[nn.M
         if any(value is None or value.is_meta for value in values.values()):
             raise AdapterError(f"the base's {path!r} is on the meta device: load it first")
         if values:
-            found.append((module, {n: _full(value).clone() for n, value in values.items()}))
+            found.append((module, {n: full(value.detach()).clone() for n, value in values.items()}))
     return found
 
 
 def _is_empty(tensor: Tensor) -> bool:
     if tensor.is_meta:
         return True
-    return tensor.is_floating_point() and tensor.numel() > 0 and bool(torch.isnan(_full(tensor)).all())
-
-
-def _full(tensor: Any) -> Tensor:
-    """A plain tensor of a weight, gathered where it is sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+    return tensor.is_floating_point() and tensor.numel() > 0 and bool(torch.isnan(full(tensor.detach())).all())
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

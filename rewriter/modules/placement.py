@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..base_names import weight_at
 from ..errors import FxgraftError, SpecError
 from ..method import Decl, Method
 from ..products import stacked_matrices
@@ -24,12 +23,19 @@ from ..sites import Site
 from .shards import is_sharded
 
 
+def on_mesh(modules: Mapping[str, nn.Module], site: Site) -> Any:
+    """The weight of a site that is spread over a mesh; None for any other. No values are read for that: an offloaded
+    weight is not loaded, a quantised one not dequantised."""
+    weight = modules[site.owner]._parameters.get(site.weight)
+    return weight if weight is not None and is_sharded(weight) else None
+
+
 def check_placed(method: Method, sites: Sequence[Site], modules: Mapping[str, nn.Module]) -> None:
     """Raise `SpecError` for sites on a mesh whose adapter could not lie there."""
-    on_mesh = [site for site in sites if is_sharded(weight_at(modules, site))]
-    if not on_mesh:
+    weights = {site: weight for site in sites if (weight := on_mesh(modules, site)) is not None}
+    if not weights:
         return
-    for site in on_mesh:
+    for site in weights:
         what = None
         if not isinstance(site.product, Linear):
             what = f"is a {type(site.product).__name__}"
@@ -43,11 +49,11 @@ def check_placed(method: Method, sites: Sequence[Site], modules: Mapping[str, nn
                 "linear layers. Exclude it, or rewrite the model before it is parallelised"
             )
     shared = method.declare(sites).shared
-    meshes = {weight_at(modules, site).device_mesh for site in on_mesh}  # type: ignore[attr-defined]
-    if shared and (len(on_mesh) < len(sites) or len(meshes) > 1):
-        off = next((site.name for site in sites if site not in on_mesh), "")
+    meshes = {weight.device_mesh for weight in weights.values()}
+    if shared and (len(weights) < len(sites) or len(meshes) > 1):
+        first, off = next(iter(weights)), next((site.name for site in sites if site not in weights), "")
         raise SpecError(
-            f"{type(method).__name__} has tensors that all sites share, and {on_mesh[0].name!r} is spread over a "
+            f"{type(method).__name__} has tensors that all sites share, and {first.name!r} is spread over a "
             f"device mesh and {off or 'another site'!r} is not on the same: choose targets that are on one"
         )
 

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from methods import METHODS, estimate, needs_estimate
-from quantised_layers import FEATURES, HIDDEN, LAYERS, mlp, torchao_layer, twin
+from quantised_layers import FEATURES, HIDDEN, LAYERS, PackedLinear, mlp, torchao_layer, twin
 from torch import nn
 
 import fxgraft as fg
@@ -266,3 +266,15 @@ def test_adapters_add_up_and_copies_do_not_meet(kind):
         both.eval()(x)
         assert torch.equal(third(x), wanted)
         assert torch.equal(both.train()(x), wanted)
+
+
+def test_nothing_is_dequantised_for_an_adapter_that_reads_no_weight(monkeypatch):
+    read = []
+    whole = PackedLinear.dequantize_weight
+    monkeypatch.setattr(PackedLinear, "dequantize_weight", lambda self: read.append(self) or whole(self))
+    model = mlp("gptq")
+    read.clear()
+    adapted = fg.rewrite(model, fg.Spec(fg.LoRA(rank=2), ["up", "down"]))
+    assert not read
+    adapted(torch.randn(3, FEATURES))
+    assert read  # so the count counts
