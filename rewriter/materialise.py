@@ -93,7 +93,7 @@ def _base_values(path: str, base: nn.Module, copy: nn.Module) -> list[tuple[nn.M
     for inner, module in copy.named_modules():
         own = base.get_submodule(inner)
         held = {n: t for n, t in {**module._parameters, **module._buffers}.items() if t is not None}
-        values = {n: {**own._parameters, **own._buffers}[n] for n, t in held.items() if _is_empty(t)}
+        values: dict[str, Any] = {n: {**own._parameters, **own._buffers}[n] for n, t in held.items() if _is_empty(t)}
         if any(value is None or value.is_meta for value in values.values()):
             raise AdapterError(f"the base's {path!r} is on the meta device: load it first")
         if values:
