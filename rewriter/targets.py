@@ -27,7 +27,7 @@ from .targeting.output_heads import called_head, heads_with_reasons
 from .targeting.patterns import inside, is_name, matches, names_only, no_match
 from .targeting.routers import routers
 from .targeting.train_targets import check_parameters, check_ties, ties_of, to_train, with_ties
-from .targeting.weight_products import Candidate, candidates_of, product_with, sites_of
+from .targeting.weight_products import Candidate, Graphs, candidates_of, product_with, sites_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def _select(
     modules: Mapping[str, nn.Module],
     candidates: Mapping[str, Candidate],
     heads: Collection[str],
+    routed: Collection[str],
     train: tuple[str, ...],
     known: Collection[str],
 ) -> dict[str, Choice]:
@@ -58,9 +59,8 @@ def _select(
         target = given if isinstance(given, Target) else None
         pattern = target.pattern if target else str(given)
         if pattern == ALL_LINEAR:
-            apart = {*heads, *routers(modules, (c.owner for c in candidates.values()))}
             here = [n for n, c in candidates.items() if c.linear]
-            hits = [n for n in here if not inside(candidates[n].owner, (*apart, *train))]
+            hits = [n for n in here if not inside(candidates[n].owner, (*heads, *routed, *train))]
             if known:  # saved while heads were told by their names alone
                 hits = [n for n in here if n in known or (n in hits and not called_head(candidates[n].owner))]
         else:
@@ -149,19 +149,21 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool
     train, parameters = to_train(spec, modules)
     all_linear = any((t.pattern if isinstance(t, Target) else t) == ALL_LINEAR for t in spec.targets)
     heads = heads_with_reasons(model) if all_linear else {}  # telling them may trace the whole model
-    chosen = _select(spec, modules, candidates, heads, train, known)
+    routed = routers(modules, (c.owner for c in candidates.values())) if all_linear else set()
+    chosen = _select(spec, modules, candidates, heads, routed, train, known)
 
     sites: list[tuple[Site, Method]] = []
     left_out: list[str] = []
     unfit: list[tuple[str, str]] = []
     used_overrides: set[str] = set()
+    graphs: Graphs = {}
     for name, candidate in candidates.items():
         if name not in chosen:
             continue
         choice = chosen[name]
         if inside(candidate.owner, train):
             raise TargetError(f"{name!r} is both a target and inside a trained module ({list(train)}): choose one")
-        linear = product_with(modules, candidate)
+        linear = product_with(modules, candidate, graphs)
         if isinstance(linear, NoMatch):
             if choice.asked:
                 raise TargetError(f"{name!r} cannot be adapted: {linear.reason}. Exclude it or choose other targets")
@@ -207,7 +209,8 @@ def resolve(model: nn.Module, spec: Spec, known: Collection[str] = (), fit: bool
     check_parameters(sites, parameters)
     left: tuple[tuple[str, str], ...] = ()
     if all_linear:
-        left = left_out_of(modules, candidates, {c.owner for n, c in candidates.items() if n in chosen}, heads, train)
+        taken = {c.owner for n, c in candidates.items() if n in chosen}
+        left = left_out_of(modules, candidates, taken, heads, routed, train)
     return Resolution(tuple(sites), train, ties, parameters, (*left, *unfit))
 
 

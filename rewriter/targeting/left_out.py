@@ -8,7 +8,6 @@ from torch import nn
 
 from .no_products import refused_weights, why_none
 from .patterns import inside
-from .routers import routers
 from .weight_products import Candidate
 
 
@@ -17,11 +16,11 @@ def left_out_of(
     candidates: Mapping[str, Candidate],
     taken: Collection[str],
     heads: Mapping[str, str],
+    routed: Collection[str],
     train: Collection[str],
 ) -> tuple[tuple[str, str], ...]:
     """`(name, reason)` of the linear weights whose owners are not among those that are taken."""
     found: dict[str, str] = {}
-    apart = routers(modules, (c.owner for c in candidates.values()))
     for name, candidate in candidates.items():
         if not candidate.linear or candidate.owner in taken:
             continue
@@ -30,7 +29,7 @@ def left_out_of(
             found[name] = "trained in full"
         elif head is not None:
             found[name] = heads[head]
-        elif inside(candidate.owner, apart):
+        elif inside(candidate.owner, routed):
             found[name] = "a router of experts: an adapter there is asked for by name"
         else:
             found[name] = "excluded"

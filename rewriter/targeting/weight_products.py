@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..capture.multihead_attention import is_attention
@@ -63,8 +63,23 @@ def candidates_of(modules: Mapping[str, nn.Module]) -> dict[str, Candidate]:
     return found
 
 
-def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -> ProductNode | Stacked | NoMatch:
-    """The product a candidate takes part in, from the trace of its owner alone."""
+#: path -> the graph of that module alone, or why it has none: a module holds several candidates
+Graphs = dict[str, fx.Graph | CaptureError]
+
+
+def _graph_of(modules: Mapping[str, nn.Module], path: str, graphs: Graphs) -> fx.Graph | CaptureError:
+    if path not in graphs:
+        try:
+            graphs[path] = trace(plain_view(modules[path])).graph
+        except CaptureError as error:
+            graphs[path] = error
+    return graphs[path]
+
+
+def product_with(
+    model_modules: Mapping[str, nn.Module], candidate: Candidate, graphs: Graphs
+) -> ProductNode | Stacked | NoMatch:
+    """The product a candidate takes part in, from the trace of its owner alone; `graphs` are those made so far."""
     owner = model_modules[candidate.owner]
     parent = model_modules.get(candidate.owner.rpartition(".")[0])
     if (scripted := why_scripted(owner)) is not None:
@@ -76,9 +91,9 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
     else:
         reader = reader_of(model_modules, candidate.owner, candidate.attribute)
     if reader is None:
-        reader = _reader_by_trace(model_modules, candidate)
+        reader = _reader_by_trace(model_modules, candidate, graphs)
     if reader is not None:
-        return _hosted(model_modules, candidate, reader)
+        return _hosted(model_modules, candidate, reader, graphs)
     base = base_class(owner)
     if is_experts(owner, candidate.attribute):
         return _stacked(owner, candidate.attribute)
@@ -89,10 +104,9 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
     kind = quantised(plain_view(owner))
     if kind is not None and (reason := kind.refusal(owner)) is not None:
         return NoMatch(reason)
-    try:
-        graph = trace(plain_view(owner)).graph
-    except CaptureError as error:
-        return NoMatch(str(error))
+    graph = _graph_of(model_modules, candidate.owner, graphs)
+    if isinstance(graph, CaptureError):
+        return NoMatch(str(graph))
     if (opaque := opaque_product(graph)) is not None:
         return opaque
     parameters = {n: p for n, p in owner._parameters.items() if p is not None}
@@ -100,14 +114,13 @@ def product_with(model_modules: Mapping[str, nn.Module], candidate: Candidate) -
     return found if isinstance(found, NoMatch) else found[0]
 
 
-def _reader_by_trace(modules: Mapping[str, nn.Module], candidate: Candidate) -> str | None:
+def _reader_by_trace(modules: Mapping[str, nn.Module], candidate: Candidate, graphs: Graphs) -> str | None:
     """The module above that takes the weight on the way its forward goes here, and does not call the layer there."""
     reader = reader_of(modules, candidate.owner, candidate.attribute, maybe=True)
     if reader is None:
         return None
-    try:
-        graph = trace(plain_view(modules[reader])).graph
-    except CaptureError:
+    graph = _graph_of(modules, reader, graphs)
+    if isinstance(graph, CaptureError):
         return None
     within = candidate.owner[len(reader) + 1 if reader else 0 :]
     read = any(node.op == "get_attr" and node.target == f"{within}.{candidate.attribute}" for node in graph.nodes)
@@ -129,17 +142,18 @@ def _stacked(owner: nn.Module, attribute: str) -> Stacked | NoMatch:
     return dim if isinstance(dim, NoMatch) else Stacked(Experts(contracted=dim, experts=weight.shape[0]))
 
 
-def _hosted(modules: Mapping[str, nn.Module], candidate: Candidate, reader: str) -> ProductNode | NoMatch:
+def _hosted(
+    modules: Mapping[str, nn.Module], candidate: Candidate, reader: str, graphs: Graphs
+) -> ProductNode | NoMatch:
     """The product in the graph of the module that reads the weight, where torch.fx can follow its forward."""
     host, within = modules[reader], candidate.owner[len(reader) + 1 if reader else 0 :]
     said = (
         f"{base_class(host).__name__} ({reader or 'the root'}) reads this weight without calling the layer: an adapter "
         "on it would be silently skipped"
     )
-    try:
-        graph = trace(plain_view(host)).graph
-    except CaptureError as error:
-        return NoMatch(f"{said}, and cannot be put into the product itself: {error}")
+    graph = _graph_of(modules, reader, graphs)
+    if isinstance(graph, CaptureError):
+        return NoMatch(f"{said}, and cannot be put into the product itself: {graph}")
     if any(node.op == "call_module" and f"{within}.".startswith(f"{node.target}.") for node in graph.nodes):
         return NoMatch(f"{said} there, as the layer is called too")
     owner = modules[candidate.owner]
