@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from .base_names import lookup
 from .errors import AdapterError, listing
 from .grafted_class import base_class
+from .method import Method
 from .sites import Site
 from .state import ModelState
 from .targeting.patterns import inside
@@ -84,7 +85,7 @@ def check_together(root: nn.Module, state: ModelState, weights: Mapping[str, flo
         trained_by |= dict.fromkeys(paths, name)
     follows = {(t.path, t.attribute): (n, t.trained) for n in weights for t in state.adapters[n].ties}
     for name in weights:
-        for site in state.adapters[name].sites:
+        for site, method in ((s, group.method) for group in state.adapters[name].groups for s in group.sites):
             if (site.owner, site.weight) in follows:
                 other, path = follows[site.owner, site.weight]
                 raise AdapterError(
@@ -92,7 +93,8 @@ def check_together(root: nn.Module, state: ModelState, weights: Mapping[str, flo
                     "only one of them can be active"
                 )
             for other in weights:
-                _check_parameters(name, site, state, other)
+                if parameters := state.adapters[other].parameters:
+                    _check_parameters(name, site, method, other, parameters)
                 for path in state.adapters[other].train if other != name else ():
                     if _inside(site.owner, path):
                         raise AdapterError(
@@ -101,13 +103,11 @@ def check_together(root: nn.Module, state: ModelState, weights: Mapping[str, flo
                         )
 
 
-def _check_parameters(name: str, site: Site, state: ModelState, other: str) -> None:
+def _check_parameters(name: str, site: Site, method: Method, other: str, parameters: Collection[str]) -> None:
     """Raise where another adapter trains the weight under a site, or a bias that the site's method changes."""
-    record = state.adapters[name]
-    method = next(group.method for group in record.groups if site in group.sites)
     for tensor in (site.weight, site.bias if method.adds_bias(site) else None):
         full = f"{site.owner}.{tensor}".lstrip(".")
-        if tensor is not None and full in state.adapters[other].parameters:
+        if tensor is not None and full in parameters:
             raise AdapterError(
                 f"adapter {other!r} trains {full!r} in full, and adapter {name!r} changes the base's: only one of them "
                 "can be active"
